@@ -1,0 +1,1 @@
+"""PyTorch to ONNX: trace once with named taps, cut, keep the weights apart, verify."""

@@ -1,0 +1,136 @@
+"""What a graph takes and gives: the data that joins tracing, engines and the runtime.
+
+A shape holds numbers and the names of dimensions that may vary, such as ``("batch", 4, 64, 64)``. How far a named
+dimension may vary is said once for the graph, by `Bounds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tgate_trt.errors import BundleError, InputError
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""Precisions of a graph, by the names that the commands take."""
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The dtype name, as NumPy and PyTorch spell it, of each precision."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The sizes that a varying dimension may take."""
+
+    minimum: int
+    """Smallest size that an engine accepts."""
+    optimum: int
+    """Size that an engine is tuned for."""
+    maximum: int
+    """Largest size that an engine accepts."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise InputError(f"bounds must satisfy 1 <= min <= opt <= max, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+    def __contains__(self, size: int) -> bool:
+        return self.minimum <= size <= self.maximum
+
+    @classmethod
+    def parse(cls, text: str) -> Bounds:
+        """Read ``"MIN:OPT:MAX"``, or one number for all three.
+
+        Raises:
+            InputError: if the text is neither.
+        """
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+            raise InputError(f"a batch size is MIN:OPT:MAX or one number, such as 1:1:4, got {text!r}")
+        sizes = [int(part) for part in parts]
+        return cls(*sizes) if len(sizes) == 3 else cls(sizes[0], sizes[0], sizes[0])
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named input or output of a graph."""
+
+    name: str
+    dtype: str
+    """``"float32"``, ``"float16"`` or ``"bfloat16"``."""
+    shape: tuple[int | str, ...]
+    """Sizes, with a name for each dimension that may vary."""
+
+    def concrete(self, **sizes: int) -> tuple[int, ...]:
+        """The shape with its named dimensions given sizes, as in ``spec.concrete(batch=2)``."""
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The signature of one graph, and of every engine built from it."""
+
+    name: str
+    """``"vanilla"``, ``"planning"``, ``"fidelity"``: a row of `tgate_trt.taps.GRAPHS`."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dimensions: Mapping[str, Bounds] = field(default_factory=dict)
+    """Bounds of every dimension that is named in a shape. ``batch`` counts rows, two an image under guidance."""
+
+    @property
+    def cache_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs that are outputs of taps, in graph order."""
+        return tuple(tensor for tensor in self.inputs if tensor.name.startswith(CACHE_PREFIX))
+
+    @property
+    def cache_outputs(self) -> tuple[TensorSpec, ...]:
+        """The outputs that are outputs of taps, in graph order."""
+        return tuple(tensor for tensor in self.outputs if tensor.name.startswith(CACHE_PREFIX))
+
+    def to_json(self) -> dict[str, Any]:
+        """This spec as plain JSON data, every tensor with its min, opt and max shape."""
+        return {
+            "dimensions": {name: [b.minimum, b.optimum, b.maximum] for name, b in self.dimensions.items()},
+            "inputs": [self._tensor_to_json(tensor) for tensor in self.inputs],
+            "outputs": [self._tensor_to_json(tensor) for tensor in self.outputs],
+        }
+
+    def _tensor_to_json(self, tensor: TensorSpec) -> dict[str, Any]:
+        def at(which: str) -> list[int]:
+            return list(tensor.concrete(**{name: getattr(bounds, which) for name, bounds in self.dimensions.items()}))
+
+        return {
+            "name": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "min": at("minimum"),
+            "opt": at("optimum"),
+            "max": at("maximum"),
+        }
+
+    @classmethod
+    def from_json(cls, name: str, data: Mapping[str, Any]) -> GraphSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BundleError: if the data has another form.
+        """
+        try:
+            return cls(
+                name,
+                tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data["inputs"]),
+                tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data["outputs"]),
+                {key: Bounds(*sizes) for key, sizes in data["dimensions"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"the tensors of graph {name!r} are not described as this version expects: {error!r}") from error
+
+
+CACHE_PREFIX = "cache."
+"""Prefix of the tensors that carry a tap's value from one graph to another."""
+
+ROWS = "batch"
+"""Name of the dimension that counts rows: two an image under classifier-free guidance, one otherwise."""
