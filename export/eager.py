@@ -1,0 +1,84 @@
+"""A denoiser in eager PyTorch, called by tensor names, with taps taken in and given out: what every graph must equal."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.specs import CACHE_PREFIX
+from tgate_trt.taps import TAPPED_MODULES, Recipe, kind_of, tap_of
+
+ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+"""Inputs that diffusers passes inside the dictionary ``added_cond_kwargs``."""
+
+
+def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Call a diffusers denoiser with its inputs by their names in `tgate_trt.models.signature`.
+
+    Args:
+        denoiser: a UNet or a transformer of diffusers.
+        tensors: inputs by name, at least ``sample``, ``timestep`` and ``encoder_hidden_states``.
+
+    Returns:
+        The prediction, ``[batch, channels, height, width]``.
+    """
+    keywords = {name: tensor for name, tensor in tensors.items() if name not in ADDED_CONDITIONS}
+    if "sample" not in inspect.signature(denoiser.forward).parameters:
+        keywords["hidden_states"] = keywords.pop("sample")
+    added = {name: tensors[name] for name in ADDED_CONDITIONS if name in tensors}
+    if added:
+        keywords["added_cond_kwargs"] = added
+    prediction: Tensor = denoiser(**keywords, return_dict=False)[0]
+    return prediction
+
+
+def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each tap's name and the attention module whose output it is."""
+    for path, module in denoiser.named_modules():
+        tap = tap_of(path, tuple(TAPPED_MODULES))
+        if tap is not None:
+            yield tap, module
+
+
+@contextlib.contextmanager
+def tapped(denoiser: nn.Module, on_tap: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """While this lasts, ``on_tap(name, output)`` sees the output of each tapped module and says what takes its place."""
+
+    def hook(tap: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        return lambda _module, _inputs, output: on_tap(tap, output)
+
+    handles = [module.register_forward_hook(hook(tap)) for tap, module in tapped_modules(denoiser)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_recipe(denoiser: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the graph of a recipe must give, computed by the eager model.
+
+    Args:
+        denoiser: the model, in the dtype of the floating inputs.
+        recipe: which taps are taken in and given out.
+        tensors: the model's inputs, and ``cache.<tap>`` for each tap taken in.
+
+    Returns:
+        ``noise_pred``, and ``cache.<tap>`` for each tap given out.
+    """
+    given_out: dict[str, Tensor] = {}
+
+    def on_tap(tap: str, output: Tensor) -> Tensor:
+        value = tensors[CACHE_PREFIX + tap] if kind_of(tap) in recipe.takes_in else output
+        if kind_of(tap) in recipe.gives_out:
+            given_out[CACHE_PREFIX + tap] = value
+        return value
+
+    model_inputs = {name: tensor for name, tensor in tensors.items() if not name.startswith(CACHE_PREFIX)}
+    with torch.no_grad(), tapped(denoiser, on_tap):
+        prediction = forward(denoiser, model_inputs)
+    return {"noise_pred": prediction, **given_out}

@@ -1,0 +1,190 @@
+"""Trace a denoiser once, with every tap as a named node.
+
+The model's parameters are fake tensors while it is traced, so a trace costs no weights' memory, and they are inputs of
+the graph while it is simplified, so no pass can rename, fold, transpose or merge one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from tgate_trt.errors import BuildError
+from tgate_trt.export.eager import forward, tapped
+from tgate_trt.specs import ROWS, TensorSpec
+
+OPSET = 20
+"""The newest opset to which every target of ours builds; below it the exporter would convert, and inline."""
+
+TAP_DOMAIN, TAP_OP = "tgate", "Tap"
+"""The marker node of a tap: one input, one output of the same value, and the string attribute ``name``."""
+
+MAXIMUM_ROWS = 63
+"""diffusers' `Upsample2D` takes another path from 64 rows on, so a trace holds for fewer."""
+
+_PARAMETER_PREFIX = "denoiser."
+
+
+class _ByPosition(nn.Module):
+    """The denoiser with its inputs in the order of a signature, as `torch.export` wants them."""
+
+    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names = tuple(names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return forward(self.denoiser, dict(zip(self.names, tensors, strict=True)))
+
+
+def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
+    """Trace a denoiser into one ONNX graph with taps, its rows symbolic and its resolution fixed.
+
+    Args:
+        denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it is used up.
+        inputs: its signature, `tgate_trt.models.signature`.
+
+    Returns:
+        A model whose inputs are ``inputs``, whose output is ``noise_pred``, and whose initializers are the denoiser's
+        parameters under their state-dict names and shapes, without data.
+
+    Raises:
+        BuildError: if PyTorch cannot trace or translate the model.
+    """
+    try:
+        with _quiet():
+            model = _translate(_export(denoiser, inputs))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BuildError(f"PyTorch could not trace {type(denoiser).__name__}: {type(error).__name__}: {reason}") from error
+    _name_inputs_and_outputs(model, inputs)
+    parameters = _parameters_to_inputs(model, {tensor.name for tensor in inputs})
+    _simplify(model)
+    _inputs_to_initializers(model, parameters)
+    return model
+
+
+def _export(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
+    """Run `torch.export` on fake tensors, with a marker node at each tap."""
+    rows = torch.export.Dim(ROWS, min=1, max=MAXIMUM_ROWS)
+
+    def mark(tap: str, output: Tensor) -> Tensor:
+        marked: Tensor = torch.onnx.ops.symbolic(
+            f"{TAP_DOMAIN}::{TAP_OP}", (output,), attrs={"name": tap}, dtype=output.dtype, shape=output.shape
+        )
+        return marked
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        _materialise(denoiser)
+        example = tuple(torch.empty(tensor.concrete(**{ROWS: 2}), dtype=getattr(torch, tensor.dtype)) for tensor in inputs)
+    dynamic_shapes = (tuple({axis: rows for axis, size in enumerate(tensor.shape) if size == ROWS} for tensor in inputs),)
+    with torch.no_grad(), tapped(denoiser, mark):
+        return torch.export.export(
+            _ByPosition(denoiser, [tensor.name for tensor in inputs]), example, dynamic_shapes=dynamic_shapes, strict=False
+        )
+
+
+def _materialise(denoiser: nn.Module) -> None:
+    """Put an empty CPU tensor in the place of each parameter and buffer; under a `FakeTensorMode` it takes no memory."""
+    for module in denoiser.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _translate(program: torch.export.ExportedProgram) -> ir.Model:
+    exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+    assert exported is not None
+    return exported.model
+
+
+def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
+    """Give inputs and outputs our names, and every row dimension the name ``batch``."""
+    (output,) = model.graph.outputs
+    output.name = "noise_pred"
+    symbols = {str(model.graph.inputs[0].shape[0])} if model.graph.inputs[0].shape else set()
+    for value, tensor in zip(model.graph.inputs, inputs, strict=True):
+        value.name = tensor.name
+        value.shape = ir.Shape(tensor.shape)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([ROWS if str(size) in symbols else size for size in value.shape])
+
+
+def _parameters_to_inputs(model: ir.Model, input_names: set[str]) -> list[ir.Value]:
+    """Turn the parameters into inputs, under their state-dict names, so that no pass takes them for constants."""
+    graph = model.graph
+    parameters = [value for name, value in graph.initializers.items() if name.startswith(_PARAMETER_PREFIX)]
+    for value in parameters:
+        graph.initializers.pop(str(value.name))
+        value.const_value = None
+        value.name = str(value.name).removeprefix(_PARAMETER_PREFIX)
+        if value.name in input_names:
+            raise BuildError(f"the parameter {value.name!r} has the name of an input; it cannot be traced")
+        graph.inputs.append(value)
+    return parameters
+
+
+def _inputs_to_initializers(model: ir.Model, parameters: Sequence[ir.Value]) -> None:
+    for value in parameters:
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(_without_data(value))
+
+
+def _without_data(value: ir.Value) -> ir.Value:
+    """Give a parameter a placeholder for its data, which `tgate_trt.export.weights.attach` replaces by the real place."""
+    assert value.shape is not None and value.dtype is not None and value.name is not None
+    value.const_value = ir.ExternalTensor("", 0, 0, value.dtype, shape=value.shape, name=value.name)
+    return value
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold shape arithmetic, remove what is dead or said twice, and cast where PyTorch promotes silently."""
+    optimizer.optimize_ir(model)
+    _promote_explicitly(model)
+    passes.ClearMetadataAndDocStringPass()(model)
+
+
+def _promote_explicitly(model: ir.Model) -> None:
+    """Cast floating inputs of a concatenation to its output's dtype.
+
+    `torch.cat` promotes mixed dtypes and ONNX does not: SDXL concatenates pooled text in fp16 with a sinusoid in fp32.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Concat" or len({value.dtype for value in node.inputs if value is not None}) == 1:
+            continue
+        target = node.outputs[0].dtype
+        if target is None or not target.is_floating_point():
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype != target:
+                cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(target))])
+                cast.outputs[0].dtype, cast.outputs[0].shape = target, value.shape
+                node.prepend(cast)
+                node.replace_input_with(index, cast.outputs[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on packages that we do not use to its own debug log."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)

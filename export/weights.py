@@ -1,0 +1,116 @@
+"""One file of weights for every graph: safetensors, written a tensor at a time, referred to by offset.
+
+The file holds the denoiser's state dict under diffusers' own names, shapes and layouts, so that any tool reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tgate_trt.errors import BuildError, BundleError
+from tgate_trt.specs import DTYPES
+
+WEIGHTS_FILE = "weights.safetensors"
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_HEADER_LENGTH_BYTES = 8
+_ALIGNMENT = 64
+"""Bytes to which the data section is aligned, so that a memory map of it can be read by vector loads."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lies in the weights file."""
+
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """Bytes."""
+    shape: tuple[int, ...]
+
+
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], precision: str) -> None:
+    """Write a safetensors file without holding more than one tensor in memory.
+
+    safetensors' own writer wants all tensors at once, which for SDXL would double the memory of a build.
+
+    Args:
+        path: file to write.
+        shapes: every tensor's shape, in the order in which ``tensors`` gives them.
+        tensors: names and values, floating ones in the dtype of ``precision``.
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+
+    Raises:
+        BuildError: if the tensors do not come as ``shapes`` says.
+    """
+    dtype: torch.dtype = getattr(torch, DTYPES[precision])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        length = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(_HEADER_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    expected = iter(shapes.items())
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text)
+        for name, tensor in tensors:
+            if (name, tuple(tensor.shape)) != next(expected, None) or tensor.dtype != dtype:
+                raise BuildError(f"the weights hold {name!r} as {tensor.dtype} {tuple(tensor.shape)}, which the architecture does not expect")
+            file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    missing = next(expected, None)
+    if missing is not None:
+        raise BuildError(f"the weights lack {missing[0]!r}, which the architecture expects")
+
+
+def read_places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a safetensors file lies.
+
+    Raises:
+        BundleError: if the file is not safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        start = _HEADER_LENGTH_BYTES + length
+        return {
+            name: Place(start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} is not a safetensors file: {error}") from error
+
+
+def attach(model: ir.Model, places: Mapping[str, Place], folder: Path) -> None:
+    """Point each parameter of a graph at its place in the weights file.
+
+    Args:
+        model: a graph whose initializers without data are parameters by name.
+        places: from `read_places`.
+        folder: folder of the weights file, where the graph is to be saved too.
+
+    Raises:
+        BuildError: if the file holds a parameter of another shape, or lacks one.
+    """
+    for name, value in model.graph.initializers.items():
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        place = places.get(name)
+        if place is None or value.shape is None or place.shape != tuple(value.shape.numpy()):
+            raise BuildError(f"the weights file does not hold {name!r} with shape {value.shape}")
+        assert value.dtype is not None
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, place.offset, place.length, value.dtype, shape=ir.Shape(place.shape), name=name, base_dir=folder
+        )
