@@ -1,0 +1,130 @@
+"""Compare a graph with the eager model in fp32, on fresh random inputs.
+
+The error of an output is ``‖graph − eager‖₂ / ‖eager‖₂``; a check's error is that of its worst output.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.errors import VerificationError
+from tgate_trt.export.eager import run_recipe
+from tgate_trt.specs import CACHE_PREFIX, ROWS, GraphSpec, TensorSpec
+from tgate_trt.taps import Recipe
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}
+"""Largest relative L2 error of each precision, against fp32."""
+
+Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
+"""Runs a graph: inputs and caller-owned outputs by name."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison."""
+
+    rows: int
+    """Rows of the batch."""
+    error: float
+    """Relative L2 error of the worst output."""
+    output: str
+    """Name of the worst output."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparisons of one graph."""
+
+    graph: str
+    tolerance: float
+    checks: tuple[Check, ...]
+
+    @property
+    def worst(self) -> Check:
+        """The check with the largest error."""
+        return max(self.checks, key=lambda check: _badness(check.error))
+
+    def raise_if_wrong(self) -> None:
+        """Raise `VerificationError` if a check is above the tolerance (or not a number)."""
+        if not self.worst.error <= self.tolerance:
+            raise VerificationError(
+                f"the {self.graph} graph differs from eager PyTorch: relative error {self.worst.error:.2e} in {self.worst.output!r} "
+                f"at {self.worst.rows} rows, tolerance {self.tolerance:.0e}; nothing was written"
+            )
+
+
+def verify(
+    load_denoiser: Callable[[], nn.Module],
+    load_graph: Callable[[], Run],
+    spec: GraphSpec,
+    recipe: Recipe,
+    signature: Sequence[TensorSpec],
+    *,
+    rows: Sequence[int],
+    precision: str,
+    seed: int | None = None,
+) -> Report:
+    """Run the eager model, free it, then run the graph on the same inputs.
+
+    The two are loaded one after the other, so that the larger of them bounds the memory.
+
+    Args:
+        load_denoiser: gives the eager model in fp32.
+        load_graph: gives a function that runs the graph on the CPU.
+        spec: the graph's inputs and outputs.
+        recipe: how the graph was cut.
+        signature: inputs of the whole model, which the eager model needs even where the graph does not.
+        rows: batch sizes to compare at.
+        precision: of the graph; sets the tolerance.
+        seed: of the random inputs; a fresh one if None.
+    """
+    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    every_input = {tensor.name: tensor for tensor in (*signature, *spec.inputs)}.values()
+    cases = [random_inputs(tuple(every_input), size, generator) for size in rows]
+    denoiser = load_denoiser()
+    expected = [run_recipe(denoiser, recipe, {name: tensor.float() for name, tensor in case.items()}) for case in cases]
+    del denoiser
+    gc.collect()
+    run = load_graph()
+    checks = tuple(_check(run, spec, case, outputs) for case, outputs in zip(cases, expected, strict=True))
+    return Report(spec.name, TOLERANCES[precision], checks)
+
+
+def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Unit normal values for each tensor, and for ``timestep`` fractional steps between 0 and 1000.
+
+    The values are rounded to the tensors' dtypes, so that graph and model read the same numbers.
+    """
+    values = {}
+    for tensor in tensors:
+        value = torch.randn(tensor.concrete(**{ROWS: rows}), generator=generator)
+        if tensor.name == "timestep":
+            value = torch.rand(value.shape, generator=generator) * 1000
+        values[tensor.name] = value.to(getattr(torch, tensor.dtype))
+    return values
+
+
+def _check(run: Run, spec: GraphSpec, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Check:
+    (rows,) = {tensor.shape[0] for tensor in inputs.values()}
+    outputs = {o.name: torch.full(o.concrete(**{ROWS: rows}), torch.nan, dtype=getattr(torch, o.dtype)) for o in spec.outputs}
+    run({tensor.name: inputs[tensor.name] for tensor in spec.inputs}, outputs)
+    errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
+    worst = max(errors, key=lambda name: _badness(errors[name]))
+    return Check(rows, errors[worst], worst.removeprefix(CACHE_PREFIX))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``‖actual − expected‖₂ / ‖expected‖₂``, computed in fp64 sums."""
+    difference = (actual.float() - expected.float()).norm(dtype=torch.float64)
+    return float(difference / expected.norm(dtype=torch.float64))
+
+
+def _badness(error: float) -> float:
+    """An error as a sort key: not-a-number is the worst of all."""
+    return math.inf if math.isnan(error) else error

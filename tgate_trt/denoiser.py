@@ -1,0 +1,283 @@
+"""`GatedDenoiser`: stands where a pipeline's UNet or transformer stood, and switches engines at the gate.
+
+A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the
+planning engine on that batch. The last planning call's cross-attention outputs are averaged over the two halves and kept.
+From the gate on it runs the fidelity engine on the negative half alone and returns the prediction ``n`` twice, so that
+the pipeline's guidance, ``n + s·(n − n)``, gives ``n``. (T-GATE, arXiv 2404.02747, section 4.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.engines.base import Engine
+from tgate_trt.errors import GateError, UnsupportedError
+from tgate_trt.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
+from tgate_trt.specs import CACHE_PREFIX, ROWS, TensorSpec
+
+HALVES = {"negative": 0, "positive": 1}
+"""Place of each half in the guidance batch."""
+
+
+@dataclass
+class _Run:
+    """One denoising run: everything that must not outlive it."""
+
+    timesteps: Tensor
+    """The scheduler's own tensor; another object means that another run has begun."""
+    schedule: GateSchedule
+    guided: bool
+    rows: int
+    """Rows of each call: two an image under guidance."""
+    calls: int = 0
+    """Calls made so far."""
+    has_cache: bool = False
+    """Whether the hand-off of this very run has been made."""
+
+    @property
+    def images(self) -> int:
+        return self.rows // 2 if self.guided else self.rows
+
+
+class GatedDenoiser(nn.Module):
+    """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
+
+    What a pipeline reads of the denoiser besides calling it (``config``, ``dtype``, ``add_embedding``) it reads from the
+    module that this one replaces, which may be an architecture without weights.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        replaces: nn.Module,
+        planning: Engine,
+        fidelity: Engine,
+        *,
+        gate_step: GateStep,
+        guidance: bool | None = None,
+        half: str = "negative",
+    ) -> None:
+        """Make a denoiser for one pipeline.
+
+        Args:
+            pipeline: the diffusers pipeline that will call it; its scheduler tells the step.
+            replaces: the denoiser that stood there, or its architecture on the ``meta`` device.
+            planning: engine for the steps before the gate.
+            fidelity: engine for the steps from the gate on. One that takes no caches, such as the vanilla graph's,
+                drops guidance at the gate and nothing else.
+            gate_step: number of planning steps, a fraction of the steps, or ``"none"``.
+            guidance: whether runs are guided; read from the pipeline if None.
+            half: the half of the guidance batch whose conditioning is kept after the gate.
+
+        Raises:
+            InputError: if ``gate_step`` is impossible.
+        """
+        super().__init__()
+        # Past nn.Module's registry: the pipeline would be a cycle, and the replaced module must not move with `.to()`.
+        object.__setattr__(self, "_pipeline", weakref.ref(pipeline))
+        object.__setattr__(self, "replaces", replaces)
+        self.planning = planning
+        self.fidelity = fidelity
+        self.gate_step = check_gate_step(gate_step)
+        self.guidance = guidance
+        self.half = HALVES[half]
+        self._run: _Run | None = None
+        self._buffers: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "replaces"), name)
+
+    def forward(
+        self,
+        sample: Tensor | None = None,
+        timestep: Tensor | float | int = 0,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        hidden_states: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Predict noise as the replaced denoiser would, or from the gate on as T-GATE does.
+
+        Args:
+            sample: noisy latents, ``[rows, channels, height, width]``; ``[negative, positive]`` under guidance.
+            timestep: one timestep, or one a row.
+            encoder_hidden_states: text, ``[rows, tokens, width]``.
+            hidden_states: what a transformer's pipeline calls ``sample``.
+            timestep_cond: guidance embedding of models that were distilled on it, ``[rows, width]``.
+            added_cond_kwargs: further conditions, by diffusers' names.
+            return_dict: whether to return diffusers' output object instead of a tuple.
+            **others: refused unless None or empty.
+
+        Raises:
+            GateError: if this call cannot belong to the run, for example with another batch size.
+            UnsupportedError: if the pipeline conditions the denoiser in a way that the graphs do not take.
+        """
+        sample = hidden_states if sample is None else sample
+        assert sample is not None
+        tensors = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
+        tensors |= dict(added_cond_kwargs or {})
+        self._refuse_unknown(tensors, others)
+        run = self._advance(sample, timestep)
+        call = run.calls - 1
+        tensors["timestep"] = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(run.rows)
+        prediction = self._plan(run, call, tensors) if run.schedule.is_planning(call) else self._refine(run, tensors)
+        if not return_dict:
+            return (prediction,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=prediction)
+
+    def reset(self) -> None:
+        """Forget the run and free its buffers."""
+        self._run = None
+        self._buffers.clear()
+
+    def _refuse_unknown(self, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+        known = {tensor.name for tensor in (*self.planning.spec.inputs, *self.fidelity.spec.inputs)}
+        unknown = {name: value for name, value in tensors.items() if name not in known} | dict(others)
+        for name, value in unknown.items():
+            if value is not None and not (isinstance(value, Mapping) and not value):
+                raise UnsupportedError(f"the graphs of this bundle do not take {name!r}; run this pipeline without tgate-trt")
+        text = tensors["encoder_hidden_states"]
+        if not isinstance(text, Tensor):
+            raise UnsupportedError(f"encoder_hidden_states must be one tensor, got {type(text).__name__}; IP-Adapter is not supported")
+
+    def _advance(self, sample: Tensor, timestep: Tensor | float | int) -> _Run:
+        """The run to which this call belongs, this call counted."""
+        pipeline = self._pipeline()
+        if pipeline is None:
+            raise GateError("the pipeline of this denoiser is gone; apply the bundle to the pipeline that you use")
+        timesteps = pipeline.scheduler.timesteps
+        if self._run is None or self._run.timesteps is not timesteps:
+            self._run = self._begin(pipeline, sample, timestep)
+        run = self._run
+        if run.calls == run.schedule.calls:
+            raise GateError(f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps")
+        if sample.shape[0] != run.rows:
+            raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
+        run.calls += 1
+        return run
+
+    def _begin(self, pipeline: Any, sample: Tensor, timestep: Tensor | float | int) -> _Run:
+        rows = sample.shape[0]
+        guided = self._is_guided(pipeline, sample)
+        if guided and rows % 2:
+            raise GateError(f"a guided batch is [negative, positive], but it has {rows} rows; pass guidance=False if it is not guided")
+        for key in [key for key in self._buffers if key[1] not in (rows, rows // 2)]:
+            del self._buffers[key]
+        return _Run(pipeline.scheduler.timesteps, schedule_of(pipeline, timestep, self.gate_step), guided, rows)
+
+    def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
+        """Whether the batch is ``[negative, positive]``: as told, as the pipeline says, else by equal halves at the first call."""
+        if self.guidance is not None:
+            return self.guidance
+        said = getattr(pipeline, "do_classifier_free_guidance", None)
+        if said is not None:
+            return bool(said)
+        rows = sample.shape[0]
+        return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+
+    def _plan(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Run with cross-attention on the whole batch; at the last planning call, keep its outputs."""
+        outputs = self._outputs(self.planning, run.rows)
+        self.planning.run(_as_inputs(self.planning, tensors), outputs)
+        if run.schedule.hands_off(call):
+            self._hand_off(run, outputs)
+        return outputs["noise_pred"].to(tensors["sample"].dtype, copy=True)
+
+    def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
+        """Write this run's caches: the mean of the guidance halves, or a copy without guidance."""
+        for name, cache in self._caches(run).items():
+            if run.guided:
+                negative, positive = outputs[name].chunk(2)
+                torch.lerp(negative, positive, 0.5, out=cache)
+            else:
+                cache.copy_(outputs[name])
+        run.has_cache = True
+
+    def _refine(self, run: _Run, tensors: Mapping[str, Any]) -> Tensor:
+        """Run on the kept half alone, with the cached outputs, and return the prediction for both halves."""
+        caches = self._caches(run)
+        if caches and not run.has_cache:
+            raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
+        kept = {name: _half(tensor, self.half) if run.guided else tensor for name, tensor in tensors.items()}
+        outputs = self._outputs(self.fidelity, run.images)
+        self.fidelity.run({**_as_inputs(self.fidelity, kept), **caches}, outputs)
+        sample: Tensor = tensors["sample"]
+        prediction = outputs["noise_pred"].to(sample.dtype, copy=True)
+        return prediction.repeat(2, 1, 1, 1) if run.guided else prediction
+
+    def _caches(self, run: _Run) -> dict[str, Tensor]:
+        return self._allocated("cache", self.fidelity.spec.cache_inputs, run.images, self.fidelity.device)
+
+    def _outputs(self, engine: Engine, rows: int) -> dict[str, Tensor]:
+        return self._allocated(engine.spec.name, engine.spec.outputs, rows, engine.device)
+
+    def _allocated(self, purpose: str, tensors: tuple[TensorSpec, ...], rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Buffers that keep their addresses from call to call and from run to run, so that engines bind them once."""
+        key = (purpose, rows)
+        if key not in self._buffers:
+            self._buffers[key] = {
+                tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=getattr(torch, tensor.dtype), device=device)
+                for tensor in tensors
+            }
+        return self._buffers[key]
+
+
+def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateStep) -> GateSchedule:
+    """The schedule of the run that a pipeline has just begun.
+
+    Args:
+        pipeline: after its scheduler's ``set_timesteps``.
+        timestep: of the run's first call; tells where image-to-image begins if the pipeline does not.
+        gate_step: as the user gave it.
+
+    Raises:
+        GateError: if calls and steps do not match, as with PNDM's Runge-Kutta start.
+        InputError: if ``gate_step`` is above the number of steps.
+    """
+    scheduler = pipeline.scheduler
+    listed = len(scheduler.timesteps)
+    order = int(getattr(scheduler, "order", 1))
+    whole = getattr(scheduler, "num_inference_steps", None) or (listed + 1) // order
+    extra = listed - whole if order == 1 else 0
+    if order not in (1, 2) or extra not in (0, 1) or (order == 2 and listed != 2 * whole - 1):
+        raise GateError(
+            f"{type(scheduler).__name__} calls the model {listed} times for {whole} steps, which the gate cannot follow"
+            + ("; set skip_prk_steps=True" if hasattr(scheduler, "step_prk") else "; use another scheduler")
+        )
+    calls = getattr(pipeline, "num_timesteps", None) or 0
+    if not 1 <= calls <= listed:
+        first = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
+        calls = listed - int((scheduler.timesteps == first).nonzero()[0])
+    steps = (calls + 1) // 2 if order == 2 else max(calls - extra, 1)
+    return GateSchedule(steps, planning_steps(gate_step, steps), order, calls)
+
+
+def _half(tensor: Tensor | None, index: int) -> Tensor | None:
+    return None if tensor is None else tensor.chunk(2)[index]
+
+
+def _as_inputs(engine: Engine, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The engine's inputs, but for its caches, in its dtypes and contiguous; no copy where they are so already."""
+    inputs = {}
+    for tensor in engine.spec.inputs:
+        if tensor.name.startswith(CACHE_PREFIX):
+            continue
+        value = tensors.get(tensor.name)
+        if value is None:
+            raise GateError(f"the {engine.spec.name} graph needs {tensor.name!r}, which the pipeline did not give")
+        inputs[tensor.name] = value.to(getattr(torch, tensor.dtype)).contiguous()
+    return inputs
