@@ -21,16 +21,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tgate_trt.errors import BuildError
 from tgate_trt.export.eager import forward, tapped
-from tgate_trt.specs import ROWS, TensorSpec
+from tgate_trt.specs import MAXIMUM_ROWS, ROWS, TensorSpec
 
 OPSET = 20
 """The newest opset to which every target of ours builds; below it the exporter would convert, and inline."""
 
 TAP_DOMAIN, TAP_OP = "tgate", "Tap"
 """The marker node of a tap: one input, one output of the same value, and the string attribute ``name``."""
-
-MAXIMUM_ROWS = 63
-"""diffusers' `Upsample2D` takes another path from 64 rows on, so a trace holds for fewer."""
 
 _PARAMETER_PREFIX = "denoiser."
 

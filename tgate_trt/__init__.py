@@ -1,1 +1,71 @@
-"""tgate-trt: text-to-image diffusion as two compiled graphs that switch at the gate step (T-GATE, arXiv 2404.02747)."""
+"""tgate-trt: text-to-image diffusion as two compiled graphs that switch at the gate step (T-GATE, arXiv 2404.02747).
+
+>>> import tgate_trt
+>>> tgate_trt.build("shapes", "bundles/shapes")
+>>> pipe = tgate_trt.load("bundles/shapes", gate_step=10)
+>>> image = pipe("a small red circle at the top left on a blue background", num_inference_steps=25).images[0]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tgate_trt.errors import (
+    BuildError,
+    BundleError,
+    GateError,
+    InputError,
+    StaleBundleError,
+    TGateError,
+    UnsupportedError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from tgate_trt.builder import build as build
+    from tgate_trt.bundle import Bundle as Bundle
+    from tgate_trt.denoiser import GatedDenoiser as GatedDenoiser
+    from tgate_trt.pipeline import apply as apply
+    from tgate_trt.pipeline import load as load
+    from tgate_trt.pipeline import remove as remove
+    from tgate_trt.schedule import GateSchedule as GateSchedule
+
+_LAZY = {
+    "Bundle": "bundle",
+    "GateSchedule": "schedule",
+    "GatedDenoiser": "denoiser",
+    "apply": "pipeline",
+    "build": "builder",
+    "load": "pipeline",
+    "remove": "pipeline",
+}
+"""Module of each name that needs PyTorch, or leads to it: `import tgate_trt` alone loads none of it."""
+
+__all__ = [
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "GateError",
+    "GateSchedule",
+    "GatedDenoiser",
+    "InputError",
+    "StaleBundleError",
+    "TGateError",
+    "UnsupportedError",
+    "VerificationError",
+    "apply",
+    "build",
+    "load",
+    "remove",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tgate_trt.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -56,7 +56,11 @@ class Manifest:
     verification: Mapping[str, Any]
     """What was compared with eager PyTorch, by graph; empty where the build was told not to."""
     gate_step: GateStep | None
+    """The model's default, or None if it has none."""
     steps: int
+    """The model's default number of sampling steps."""
+    guidance_scale: float | None
+    """The model's default, or None for the pipeline's."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``size`` in bytes and ``sha256`` of every file, by path in the bundle."""
 

@@ -134,3 +134,6 @@ CACHE_PREFIX = "cache."
 
 ROWS = "batch"
 """Name of the dimension that counts rows: two an image under classifier-free guidance, one otherwise."""
+
+MAXIMUM_ROWS = 63
+"""Rows for which a trace holds: diffusers' `Upsample2D` takes another path from 64 on."""

@@ -1,0 +1,58 @@
+"""``tgate-build``: build a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tgate_trt.cli.common import application, console, reporting
+
+app = application()
+
+
+@app.command()
+def build(
+    model: Annotated[
+        str, typer.Option(help="shapes, sd15, sd21, sdxl, lcm-sdxl; a diffusers folder; a .safetensors checkpoint; or a hub id.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/MODEL-WIDTHxHEIGHT-PRECISION]")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="onnxruntime. May be given several times.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or fp16. [default: fp32]")] = None,
+    height: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
+    batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
+    graphs: Annotated[str, typer.Option(help="Graphs to cut, with commas: vanilla, planning, fidelity.")] = "planning,fidelity",
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare each graph with eager PyTorch.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+) -> None:
+    """Trace a diffusion model once, cut it at the gate, and verify every graph against eager PyTorch.
+
+    For example: `tgate-build --model shapes`
+    """
+    with reporting(verbose):
+        import tgate_trt
+
+        bundle = tgate_trt.build(
+            model,
+            output,
+            backend=backend,
+            precision=precision,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            graphs=graphs.split(","),
+            random_weights=random_weights,
+            verify=verify,
+            force=force,
+        )
+        size = sum(file["size"] for file in bundle.manifest.files.values())
+        console.print(f"{bundle.folder}: {', '.join(bundle.manifest.graphs)}; {size / 1e6:,.0f} MB")
+
+
+def main() -> None:
+    """Run the command."""
+    app()

@@ -1,0 +1,90 @@
+"""What the commands share: how they report progress, and how they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tgate_trt.errors import TGateError
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+FAILED = 1
+"""Exit code where the user's input or machine is the reason; 2 is wrong usage."""
+
+
+class _Progress(logging.Handler):
+    """Shows the library's log: a spinner for what is under way on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.status = console.status("")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.endswith("…"):
+            if console.is_terminal:
+                self.status.update(escape(message))
+                self.status.start()
+            return
+        console.print(escape(message), style="yellow" if record.levelno >= logging.WARNING else None)
+
+    def close(self) -> None:
+        self.status.stop()
+        super().close()
+
+
+@contextlib.contextmanager
+def reporting(verbose: bool) -> Iterator[None]:
+    """Show progress, and turn errors of ours into one sentence and exit code 1.
+
+    Args:
+        verbose: show the log of every library, and the traceback of an error.
+    """
+    progress = _Progress()
+    library = logging.getLogger("tgate_trt")
+    library.addHandler(progress)
+    library.setLevel(logging.INFO)
+    if verbose:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    else:
+        _quieten_libraries()
+    try:
+        yield
+    except TGateError as error:
+        progress.close()
+        if verbose:
+            errors.print_exception()
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        progress.close()
+        errors.print("stopped; nothing was left behind")
+        raise typer.Exit(FAILED) from None
+    finally:
+        progress.close()
+        library.removeHandler(progress)
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' own bars and remarks out of the commands' output."""
+    import warnings
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def application() -> typer.Typer:
+    """A command with the options that all of them have."""
+    return typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)

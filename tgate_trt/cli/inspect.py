@@ -1,0 +1,77 @@
+"""``tgate-inspect``: what a bundle holds, and whether it is still valid here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from tgate_trt.cli.common import application, console, reporting
+
+if TYPE_CHECKING:
+    from tgate_trt.bundle import Bundle
+
+app = application()
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that tgate-build made.")],
+    full: Annotated[bool, typer.Option("--full", help="Hash every file, whatever was found before.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+) -> None:
+    """Show what a bundle holds, what it was built for, and whether it is still valid here.
+
+    A bundle that is damaged or cannot be read is an error, with exit code 1.
+    """
+    with reporting(verbose):
+        from tgate_trt.bundle import Bundle
+        from tgate_trt.inspection import state_of
+
+        opened = Bundle.open(bundle, full=full)
+        console.print(_summary(opened))
+        console.print(_graphs(opened))
+        state = state_of(opened)
+        for remark in state.remarks:
+            console.print(remark)
+        if state.stale:
+            console.print(f"[yellow]stale[/]: {'; '.join(state.stale)}; build it again with tgate-build")
+        else:
+            console.print("[green]valid[/]: every file is as it was built, and nothing that it was built from or with has changed")
+
+
+def _summary(bundle: Bundle) -> Table:
+    manifest = bundle.manifest
+    table = Table(show_header=False, box=None)
+    weights = "random weights, seed " + str(manifest.model["random_seed"]) if manifest.model["random_seed"] is not None else "its own weights"
+    rows = {
+        "model": f"{manifest.model['name']} ({weights}), content {manifest.model['content'][:12]}",
+        "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.built_for.items()),
+        "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
+        "defaults": f"{manifest.steps} steps, gate step {manifest.gate_step}, guidance {manifest.guidance_scale}",
+        "engines": "; ".join(f"{backend}: {', '.join(files)}" for backend, files in manifest.engines.items()),
+        "on disk": f"{sum(file['size'] for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _graphs(bundle: Bundle) -> Table:
+    table = Table("graph", "inputs", "caches in", "caches out", "rows", "largest error against eager", box=None)
+    for name, spec in bundle.manifest.graphs.items():
+        report = bundle.manifest.verification.get(name)
+        error = "not verified"
+        if report:
+            error = f"{max(check['error'] for check in report['checks']):.1e} (tolerance {report['tolerance']:.0e})"
+        plain = len(spec.inputs) - len(spec.cache_inputs)
+        rows = " ".join(str(bounds) for bounds in spec.dimensions.values())
+        table.add_row(name, str(plain), str(len(spec.cache_inputs)), str(len(spec.cache_outputs)), rows, error)
+    return table
+
+
+def main() -> None:
+    """Run the command."""
+    app()

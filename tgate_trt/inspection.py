@@ -1,0 +1,36 @@
+"""Whether a bundle is still valid on this machine, and if not, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tgate_trt import models
+from tgate_trt.builder import stale_reasons
+from tgate_trt.bundle import Bundle
+from tgate_trt.errors import InputError
+from tgate_trt.pipeline import BACKENDS
+
+
+@dataclass(frozen=True)
+class State:
+    """What is to be said of a bundle on this machine."""
+
+    stale: tuple[str, ...]
+    """Why it should be built again; empty if it is valid."""
+    remarks: tuple[str, ...]
+    """What could not be checked, or does not run here."""
+
+
+def state_of(bundle: Bundle) -> State:
+    """Compare a bundle with its model, if that is still here, and with the packages that are installed."""
+    remarks = []
+    manifest = bundle.manifest
+    try:
+        seed = manifest.model["random_seed"]
+        source = models.resolve(manifest.model["reference"], random_weights=seed is not None, seed=seed or 0)
+        content = source.fingerprint(manifest.model["source"])["content"]
+    except InputError:
+        content = None
+        remarks.append(f"the model that it was built from, {manifest.model['reference']}, is not here, so changes to it cannot be seen")
+    remarks += [f"its {backend} engines are not for this version" for backend in manifest.engines if backend not in BACKENDS]
+    return State(tuple(stale_reasons(manifest, content)), tuple(remarks))

@@ -1,0 +1,213 @@
+"""Load a bundle as a diffusers pipeline, or put its engines into a pipeline that is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from tgate_trt.bundle import Bundle
+from tgate_trt.denoiser import GatedDenoiser
+from tgate_trt.engines.base import Engine
+from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.schedule import DEFAULT_GATE_STEP, GateStep, check_gate_step
+from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, ROWS, Bounds
+
+BACKENDS = ("onnxruntime",)
+"""Backends of this version, in the order in which `load` tries them."""
+
+_COMPARED_PARAMETERS = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
+"""Small parameters by which `apply` tells whether a pipeline has the weights that a bundle was built from."""
+
+
+def load(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    gate_step: GateStep | None = None,
+    backend: str | None = None,
+    device: str | torch.device | None = None,
+    guidance: bool | None = None,
+    threads: int | None = None,
+) -> Any:
+    """Load a bundle as a diffusers pipeline whose denoiser switches engines at the gate.
+
+    Args:
+        bundle: folder of a bundle, or a bundle that is open.
+        gate_step: number of planning steps, a fraction of the steps, or ``"none"``; the model's own default if None.
+        backend: ``"onnxruntime"``; the first that runs here if None.
+        device: ``"cpu"`` or ``"cuda"``; where the backend runs best if None.
+        guidance: whether runs use classifier-free guidance; read from the pipeline at each run if None.
+        threads: CPU threads of an engine; one a core if None.
+
+    Returns:
+        The `DiffusionPipeline` that the bundle was built from, on the engines' device.
+
+    Raises:
+        BundleError: if the bundle cannot be used.
+        InputError: if an argument is impossible.
+    """
+    from diffusers import DiffusionPipeline
+
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    engines = _Engines.load(opened, backend, device, threads)
+    dtype = _pipeline_dtype(opened, engines.device)
+    attribute = opened.manifest.model["attribute"]
+    architecture = architecture_of(opened, dtype)
+    pipeline = DiffusionPipeline.from_pretrained(
+        opened.pipeline, **{attribute: architecture}, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    _put(pipeline, opened, engines, architecture, gate_step, guidance)
+    return pipeline.to(engines.device)
+
+
+def apply(
+    pipeline: Any,
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    gate_step: GateStep | None = None,
+    backend: str | None = None,
+    device: str | torch.device | None = None,
+    guidance: bool | None = None,
+    threads: int | None = None,
+) -> Any:
+    """Put a bundle's engines into a diffusers pipeline in the place of its UNet or transformer.
+
+    Args:
+        pipeline: a pipeline of the model that the bundle was built from, on the device of the engines.
+        bundle: folder of a bundle, or a bundle that is open.
+        gate_step: see `load`.
+        backend: see `load`.
+        device: see `load`.
+        guidance: see `load`.
+        threads: see `load`.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        BundleError: if the bundle cannot be used.
+        InputError: if the pipeline is of another model, or an argument is impossible.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    attribute = opened.manifest.model["attribute"]
+    denoiser = getattr(pipeline, attribute, None)
+    if isinstance(denoiser, GatedDenoiser):
+        remove(pipeline)
+        denoiser = getattr(pipeline, attribute)
+    if not isinstance(denoiser, nn.Module):
+        raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
+    _refuse_another_model(denoiser, opened)
+    _put(pipeline, opened, _Engines.load(opened, backend, device, threads), denoiser, gate_step, guidance)
+    return pipeline
+
+
+def remove(pipeline: Any) -> Any:
+    """Put back the denoiser that `apply` replaced, and free the engines.
+
+    Raises:
+        InputError: if the pipeline has none of our denoisers, or `load` made it, so that there is none to put back.
+    """
+    for attribute in ("unet", "transformer"):
+        gated = getattr(pipeline, attribute, None)
+        if isinstance(gated, GatedDenoiser):
+            if any(parameter.is_meta for parameter in gated.replaces.parameters()):
+                raise InputError("this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers")
+            gated.planning.close()
+            gated.fidelity.close()
+            gated.reset()
+            setattr(pipeline, attribute, gated.replaces)
+            return pipeline
+    raise InputError(f"{type(pipeline).__name__} has no engines of tgate-trt to remove")
+
+
+def architecture_of(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
+    """The bundle's denoiser on the ``meta`` device: what a pipeline reads of it besides calling it."""
+    import diffusers
+
+    config = json.loads((bundle.pipeline / bundle.manifest.model["attribute"] / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        denoiser: nn.Module = kind.from_config(config)
+    return denoiser.eval().to(dtype).requires_grad_(False)
+
+
+def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
+    """Load one engine of a bundle.
+
+    Raises:
+        BundleError: if the bundle holds no such engine.
+    """
+    from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+    spec = bundle.graph(graph)
+    # ONNX Runtime needs no profile: it takes every batch for which the trace holds.
+    spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
+    return OnnxRuntimeEngine(bundle.folder / bundle.manifest.engines[backend][graph], spec, device=device, threads=threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Engines:
+    """The two engines of a gated run."""
+
+    planning: Engine
+    fidelity: Engine
+
+    @property
+    def device(self) -> torch.device:
+        return self.planning.device
+
+    @classmethod
+    def load(cls, bundle: Bundle, backend: str | None, device: str | torch.device | None, threads: int | None) -> _Engines:
+        chosen = choose_backend(bundle, backend)
+        place = None if device is None else torch.device(device)
+        planning, fidelity = (load_engine(bundle, graph, backend=chosen, device=place, threads=threads) for graph in ("planning", "fidelity"))
+        return cls(planning, fidelity)
+
+
+def choose_backend(bundle: Bundle, backend: str | None) -> str:
+    """The backend that was asked for, or the first of `BACKENDS` that the bundle holds.
+
+    Raises:
+        InputError: if there is no such backend.
+        StaleBundleError: if the bundle holds no engine of it.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"there is no backend {backend!r}; this version has {', '.join(BACKENDS)}")
+    held = [name for name in BACKENDS if name in bundle.manifest.engines and backend in (None, name)]
+    if not held:
+        raise StaleBundleError(f"{bundle.folder} holds no engine of {backend or 'a backend of this version'}; build it with tgate-build")
+    return held[0]
+
+
+def _put(pipeline: Any, bundle: Bundle, engines: _Engines, replaces: nn.Module, gate_step: GateStep | None, guidance: bool | None) -> None:
+    if gate_step is None:
+        gate_step = bundle.manifest.gate_step or DEFAULT_GATE_STEP
+    gated = GatedDenoiser(
+        pipeline, replaces, engines.planning, engines.fidelity, gate_step=check_gate_step(gate_step), guidance=guidance
+    )
+    setattr(pipeline, bundle.manifest.model["attribute"], gated)
+
+
+def _pipeline_dtype(bundle: Bundle, device: torch.device) -> torch.dtype:
+    """The precision of the bundle on a GPU; fp32 on a CPU, where half precision is slow and partly missing."""
+    dtype: torch.dtype = getattr(torch, DTYPES[bundle.manifest.built_for["precision"]]) if device.type == "cuda" else torch.float32
+    return dtype
+
+
+def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
+    """Refuse a pipeline whose denoiser has another architecture or other weights than the bundle was built from."""
+    from safetensors import safe_open
+
+    from tgate_trt.export.weights import WEIGHTS_FILE
+
+    own, built = denoiser.state_dict(), architecture_of(bundle, torch.float32).state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
+        raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
+    with safe_open(bundle.folder / WEIGHTS_FILE, "pt") as weights:
+        for name in _COMPARED_PARAMETERS:
+            if name in own and not torch.equal(own[name].to("cpu", weights.get_tensor(name).dtype), weights.get_tensor(name)):
+                raise InputError(f"the pipeline has other weights than {bundle.folder} was built from ({name!r} differs); build a bundle of it")
