@@ -43,7 +43,9 @@ class OnnxRuntimeEngine:
             raise UnsupportedError("ONNX Runtime cannot use CUDA here: install onnxruntime-gpu, or use device='cpu'")
         for tensor in (*spec.inputs, *spec.outputs):
             if tensor.dtype not in _TORCH_DTYPES:
-                raise UnsupportedError(f"ONNX Runtime has no {tensor.dtype} kernels for {tensor.name!r}; build with --precision fp32 or fp16")
+                raise UnsupportedError(
+                    f"ONNX Runtime has no {tensor.dtype} kernels for {tensor.name!r}; build with --precision fp32 or fp16"
+                )
         self._session: Any = _load(path, self._device, threads)
         self._binding: Any = self._session.io_binding()
         self._bound: dict[str, tuple[int, torch.Size]] = {}

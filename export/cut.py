@@ -51,7 +51,9 @@ def spec_of(model: ir.Model, name: str, rows: Bounds) -> GraphSpec:
 
     def tensors(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(str(v.name), str(v.dtype.numpy()) if v.dtype else "", tuple(s if isinstance(s, int) else ROWS for s in v.shape or ()))
+            TensorSpec(
+                str(v.name), str(v.dtype.numpy()) if v.dtype else "", tuple(s if isinstance(s, int) else ROWS for s in v.shape or ())
+            )
             for v in values
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
     Returns:
         The prediction, ``[batch, channels, height, width]``.
     """
-    keywords = {name: tensor for name, tensor in tensors.items() if name not in ADDED_CONDITIONS}
+    keywords: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name not in ADDED_CONDITIONS}
     if "sample" not in inspect.signature(denoiser.forward).parameters:
         keywords["hidden_states"] = keywords.pop("sample")
     added = {name: tensors[name] for name in ADDED_CONDITIONS if name in tensors}

@@ -64,8 +64,10 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[t
         file.write(len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text)
         for name, tensor in tensors:
             if (name, tuple(tensor.shape)) != next(expected, None) or tensor.dtype != dtype:
-                raise BuildError(f"the weights hold {name!r} as {tensor.dtype} {tuple(tensor.shape)}, which the architecture does not expect")
-            file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                raise BuildError(
+                    f"the weights hold {name!r} as {tensor.dtype} {tuple(tensor.shape)}, which the architecture does not expect"
+                )
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
     missing = next(expected, None)
     if missing is not None:
         raise BuildError(f"the weights lack {missing[0]!r}, which the architecture expects")

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -211,7 +212,9 @@ def _build_into(folder: Path, source: models.ModelSource, request: Request, fing
     _timed("text encoders and VAE", lambda: source.save_rest(folder / "pipeline", dtype))
     trace = _timed("trace", lambda: _trace(source, request, dtype))
     _save(trace, folder, TRACE)
-    specs = {name: _timed(f"{name} graph", lambda name=name: _write_graph(folder, trace, name, request.rows(name))) for name in request.graphs}
+    specs = {
+        name: _timed(f"{name} graph", lambda name=name: _write_graph(folder, trace, name, request.rows(name))) for name in request.graphs
+    }
     verification = _verify_all(folder, source, request, specs) if request.verify else {}
     manifest = Manifest(
         model={
@@ -267,11 +270,20 @@ def _verify_all(folder: Path, source: models.ModelSource, request: Request, spec
 
     reports = {}
     for name, spec in specs.items():
-        task = Task(source.reference, source.random_seed, str(folder), name, request.precision, spec.to_json(), request.height, request.width)
-        reports[name] = report = _timed(f"verification of {name}", lambda task=task: verify_in_child(task))
+        task = Task(
+            source.reference, source.random_seed, str(folder), name, request.precision, spec.to_json(), request.height, request.width
+        )
+        reports[name] = report = _timed(f"verification of {name}", partial(verify_in_child, task))
         worst = max(check["error"] for check in report["checks"])
         rows = ", ".join(str(check["rows"]) for check in report["checks"])
-        logger.info("%s agrees with %s at %s rows: largest relative error %.1e, tolerance %.0e", name, report["compared_with"], rows, worst, report["tolerance"])
+        logger.info(
+            "%s agrees with %s at %s rows: largest relative error %.1e, tolerance %.0e",
+            name,
+            report["compared_with"],
+            rows,
+            worst,
+            report["tolerance"],
+        )
     return reports
 
 

@@ -86,9 +86,9 @@ class GatedDenoiser(nn.Module):
         self.fidelity = fidelity
         self.gate_step = check_gate_step(gate_step)
         self.guidance = guidance
-        self.half = HALVES[half]
+        self._kept_half = HALVES[half]
         self._run: _Run | None = None
-        self._buffers: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -142,7 +142,7 @@ class GatedDenoiser(nn.Module):
     def reset(self) -> None:
         """Forget the run and free its buffers."""
         self._run = None
-        self._buffers.clear()
+        self._memory.clear()
 
     def _refuse_unknown(self, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         known = {tensor.name for tensor in (*self.planning.spec.inputs, *self.fidelity.spec.inputs)}
@@ -164,7 +164,9 @@ class GatedDenoiser(nn.Module):
             self._run = self._begin(pipeline, sample, timestep)
         run = self._run
         if run.calls == run.schedule.calls:
-            raise GateError(f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps")
+            raise GateError(
+                f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps"
+            )
         if sample.shape[0] != run.rows:
             raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
         run.calls += 1
@@ -175,8 +177,8 @@ class GatedDenoiser(nn.Module):
         guided = self._is_guided(pipeline, sample)
         if guided and rows % 2:
             raise GateError(f"a guided batch is [negative, positive], but it has {rows} rows; pass guidance=False if it is not guided")
-        for key in [key for key in self._buffers if key[1] not in (rows, rows // 2)]:
-            del self._buffers[key]
+        for key in [key for key in self._memory if key[1] not in (rows, rows // 2)]:
+            del self._memory[key]
         return _Run(pipeline.scheduler.timesteps, schedule_of(pipeline, timestep, self.gate_step), guided, rows)
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
@@ -212,7 +214,7 @@ class GatedDenoiser(nn.Module):
         caches = self._caches(run)
         if caches and not run.has_cache:
             raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
-        kept = {name: _half(tensor, self.half) if run.guided else tensor for name, tensor in tensors.items()}
+        kept = {name: _half(tensor, self._kept_half) if run.guided else tensor for name, tensor in tensors.items()}
         outputs = self._outputs(self.fidelity, run.images)
         self.fidelity.run({**_as_inputs(self.fidelity, kept), **caches}, outputs)
         sample: Tensor = tensors["sample"]
@@ -228,12 +230,12 @@ class GatedDenoiser(nn.Module):
     def _allocated(self, purpose: str, tensors: tuple[TensorSpec, ...], rows: int, device: torch.device) -> dict[str, Tensor]:
         """Buffers that keep their addresses from call to call and from run to run, so that engines bind them once."""
         key = (purpose, rows)
-        if key not in self._buffers:
-            self._buffers[key] = {
+        if key not in self._memory:
+            self._memory[key] = {
                 tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=getattr(torch, tensor.dtype), device=device)
                 for tensor in tensors
             }
-        return self._buffers[key]
+        return self._memory[key]
 
 
 def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateStep) -> GateSchedule:

@@ -115,7 +115,9 @@ def remove(pipeline: Any) -> Any:
         gated = getattr(pipeline, attribute, None)
         if isinstance(gated, GatedDenoiser):
             if any(parameter.is_meta for parameter in gated.replaces.parameters()):
-                raise InputError("this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers")
+                raise InputError(
+                    "this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers"
+                )
             gated.planning.close()
             gated.fidelity.close()
             gated.reset()
@@ -164,7 +166,9 @@ class _Engines:
     def load(cls, bundle: Bundle, backend: str | None, device: str | torch.device | None, threads: int | None) -> _Engines:
         chosen = choose_backend(bundle, backend)
         place = None if device is None else torch.device(device)
-        planning, fidelity = (load_engine(bundle, graph, backend=chosen, device=place, threads=threads) for graph in ("planning", "fidelity"))
+        planning, fidelity = (
+            load_engine(bundle, graph, backend=chosen, device=place, threads=threads) for graph in ("planning", "fidelity")
+        )
         return cls(planning, fidelity)
 
 
@@ -186,9 +190,7 @@ def choose_backend(bundle: Bundle, backend: str | None) -> str:
 def _put(pipeline: Any, bundle: Bundle, engines: _Engines, replaces: nn.Module, gate_step: GateStep | None, guidance: bool | None) -> None:
     if gate_step is None:
         gate_step = bundle.manifest.gate_step or DEFAULT_GATE_STEP
-    gated = GatedDenoiser(
-        pipeline, replaces, engines.planning, engines.fidelity, gate_step=check_gate_step(gate_step), guidance=guidance
-    )
+    gated = GatedDenoiser(pipeline, replaces, engines.planning, engines.fidelity, gate_step=check_gate_step(gate_step), guidance=guidance)
     setattr(pipeline, bundle.manifest.model["attribute"], gated)
 
 
@@ -210,4 +212,6 @@ def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
     with safe_open(bundle.folder / WEIGHTS_FILE, "pt") as weights:
         for name in _COMPARED_PARAMETERS:
             if name in own and not torch.equal(own[name].to("cpu", weights.get_tensor(name).dtype), weights.get_tensor(name)):
-                raise InputError(f"the pipeline has other weights than {bundle.folder} was built from ({name!r} differs); build a bundle of it")
+                raise InputError(
+                    f"the pipeline has other weights than {bundle.folder} was built from ({name!r} differs); build a bundle of it"
+                )

@@ -66,7 +66,7 @@ def planning_steps(gate_step: GateStep, steps: int) -> int:
         return max(1, math.floor(gate_step * steps + 0.5))
     assert isinstance(gate_step, int)
     if gate_step > steps:
-        raise InputError(f"gate_step={gate_step} is more than the {steps} steps of this run; use 1 to {steps}, a fraction, or \"none\"")
+        raise InputError(f'gate_step={gate_step} is more than the {steps} steps of this run; use 1 to {steps}, a fraction, or "none"')
     return gate_step
 
 

@@ -1,0 +1,55 @@
+# `make demo` and `make test` need CPython 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# The root holds a folder `kernels`, which must not stand in front of the package of that name.
+export PYTHONSAFEPATH := 1
+
+DEMO_BUNDLE := bundles/shapes-64x64-fp32
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
+	@echo "make test    run the whole suite"
+	@echo "make check   ruff and mypy --strict"
+	@echo "make bench   measure on this machine, into docs/results/"
+	@echo "make clean   remove what the others made"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tgate-trt needs CPython 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/tgate-build --model shapes --output $(DEMO_BUNDLE)
+	$(BIN)/tgate-generate $(DEMO_BUNDLE) \
+	  --prompt "a small red circle at the top left on a blue background" \
+	  --prompt "a large yellow square at the bottom right on a purple background" \
+	  --prompt "a large green triangle in the center on a white background" \
+	  --gate-step none --gate-step 10 --gate-step 5 --output pictures/demo.png
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY) .typing/tgate_trt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.typing $(BIN)/mypy --strict -p tgate_trt
+
+# mypy does not read setuptools' package-dir: it sees the four folders as one package through links.
+.typing/tgate_trt: Makefile
+	rm -rf .typing && mkdir -p .typing/tgate_trt
+	for path in tgate_trt/*; do ln -s "../../$$path" .typing/tgate_trt/; done
+	for room in export engines kernels; do ln -s "../../$$room" .typing/tgate_trt/$$room; done
+
+bench: $(READY)
+	$(BIN)/python -m tgate_trt.bench
+
+clean:
+	rm -rf $(VENV) .typing bundles pictures build *.egg-info
