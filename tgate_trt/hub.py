@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tgate_trt.errors import InputError
@@ -20,11 +22,12 @@ def download_pipeline(hub_id: str) -> Path:
     from diffusers import DiffusionPipeline
 
     failures: list[Exception] = []
-    for variant in _VARIANTS:
-        try:
-            return Path(DiffusionPipeline.download(hub_id, variant=variant, use_safetensors=True, **_NOT_NEEDED))
-        except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors, malformed ids ValueErrors
-            failures.append(error)
+    with _quiet():
+        for variant in _VARIANTS:
+            try:
+                return Path(DiffusionPipeline.download(hub_id, variant=variant, use_safetensors=True, **_NOT_NEEDED))
+            except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors, malformed ids ValueErrors
+                failures.append(error)
     raise InputError(_sentence(hub_id, failures[0])) from failures[0]
 
 
@@ -59,9 +62,21 @@ def _sentence(hub_id: str, error: Exception) -> str:
         return f"{hub_id} asks you to accept its licence: do so on its page, then log in with hf auth login"
     if any(isinstance(link, RepositoryNotFoundError) for link in chain):
         return f"the hub has no public model {hub_id!r}; check its spelling, or log in with hf auth login if it is private"
-    state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub gave no whole model"
-    reason = " ".join(str(chain[-1]).split())[:200]
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " ".join(str(chain[-1]).split())[:200]
     return (
-        f"the model {hub_id!r} is not whole in the hub's cache and could not be downloaded ({state}: {reason}); connect, or give a "
+        f"the model {hub_id!r} is not whole in the hub's cache and could not be downloaded ({reason}); connect, or give a "
         "diffusers folder or a .safetensors file"
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep diffusers from warning of what becomes an error of ours, or turns out well."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

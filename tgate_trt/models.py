@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tgate_trt.errors import InputError, UnsupportedError
-from tgate_trt.model_source import ModelSource as ModelSource
-from tgate_trt.model_source import source_of_checkpoint, source_of_folder, source_of_hub
+from tgate_trt.model_source import ModelSource, source_of_checkpoint, source_of_folder, source_of_hub
 from tgate_trt.specs import ROWS, TensorSpec
+
+__all__ = ["ARCHITECTURES", "Architecture", "ModelSource", "resolve", "signature"]
 
 _HERE = Path(__file__).parent
 

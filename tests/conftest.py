@@ -1,0 +1,173 @@
+"""Tiny diffusers pipelines with random weights, made on the spot: no test asks a hub for anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+import pytest
+
+CROSS_ATTENTION_GAIN = 4.0
+"""Cross-attention with random weights is faint; this makes a wrong cache stand out of any tolerance."""
+
+_VOCABULARY = 600
+
+
+def _clip(kind: str, *, hidden_act: str) -> dict[str, Any]:
+    return {
+        "architectures": [kind],
+        "bos_token_id": _VOCABULARY - 2,
+        "eos_token_id": _VOCABULARY - 1,
+        "hidden_act": hidden_act,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "pad_token_id": 1,
+        "projection_dim": 32,
+        "vocab_size": _VOCABULARY,
+    }
+
+
+def _unet(**more: Any) -> dict[str, Any]:
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "attention_head_dim": 4,
+        "block_out_channels": [32, 64],
+        "in_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "out_channels": 4,
+        "sample_size": 8,
+        **more,
+    }
+
+
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [8, 8, 8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+_BETAS = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000, "steps_offset": 1}
+
+TINY_SD: dict[str, dict[str, Any]] = {
+    "model_index.json": {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "DDIMScheduler",
+        **_BETAS,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+    },
+    "text_encoder/config.json": _clip("CLIPTextModel", hidden_act="quick_gelu"),
+    "unet/config.json": _unet(
+        cross_attention_dim=32,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    ),
+    "vae/config.json": _VAE,
+}
+"""SD 1.5 in small, by file."""
+
+TINY_SDXL: dict[str, dict[str, Any]] = {
+    "model_index.json": {
+        "_class_name": "StableDiffusionXLPipeline",
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": True,
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+    "scheduler/scheduler_config.json": {"_class_name": "EulerDiscreteScheduler", **_BETAS, "timestep_spacing": "leading"},
+    "text_encoder/config.json": _clip("CLIPTextModel", hidden_act="quick_gelu"),
+    "text_encoder_2/config.json": _clip("CLIPTextModelWithProjection", hidden_act="gelu"),
+    "unet/config.json": _unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        attention_head_dim=[2, 4],
+        cross_attention_dim=64,
+        down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        transformer_layers_per_block=[1, 2],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        use_linear_projection=True,
+    ),
+    "vae/config.json": {**_VAE, "force_upcast": True, "scaling_factor": 0.13025},
+}
+"""SDXL in small, by file."""
+
+
+def write_configs(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """Write a diffusers folder of configurations alone."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+def write_pipeline(folder: Path, configs: Path, *, seed: int = 0) -> Path:
+    """Write a whole diffusers pipeline with random fp32 weights, its cross-attention made loud."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tgate_trt import models
+
+    source = models.resolve(configs, random_weights=True, seed=seed)
+    source.save_rest(folder, torch.float32)
+    loud = ("attn2.to_v.weight", "attn2.to_out.0.weight")
+    tensors = {name: tensor * CROSS_ATTENTION_GAIN if name.endswith(loud) else tensor for name, tensor in source.tensors(torch.float32)}
+    save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configurations of `tiny_sd`, without weights or tokenizer."""
+    return write_configs(tmp_path_factory.mktemp("configs") / "tiny-sd", TINY_SD)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configurations of `tiny_sdxl`, without weights or tokenizers."""
+    return write_configs(tmp_path_factory.mktemp("configs") / "tiny-sdxl", TINY_SDXL)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory, tiny_sd_configs: Path) -> Path:
+    """A pipeline folder: SD 1.5 in small, pictures of 64×64 pixels, latents of 8×8, four cross-attention blocks. Read only."""
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sd", tiny_sd_configs)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl_configs: Path) -> Path:
+    """A pipeline folder: SDXL in small, with two text encoders, pooled text and time ids; its UNet's pictures are 64×64. Read only."""
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl", tiny_sdxl_configs)
