@@ -20,7 +20,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 PICTURE_SIZE = 64
 """Width and height of a picture in pixels."""
 
-JITTER = 2.0
+JITTER = 1.5
 """The most pixels, on each axis, that a drawn shape stands off its position."""
 
 OBJECT_COLOURS: dict[str, tuple[int, int, int]] = {
@@ -42,17 +42,19 @@ BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """sRGB of the backgrounds; two of them are colours of shapes too, so that a caption's colours must be told apart."""
 
-SIZES: dict[str, float] = {"small": 7.0, "large": 12.0}
+SIZES: dict[str, float] = {"small": 8.0, "large": 12.5}
 """Radius in pixels of a circle of that size; the other shapes cover about as much."""
 
 POSITIONS: dict[str, tuple[float, float]] = {
-    f"{row} {column}".replace("center center", "center"): (x, y)
-    for row, y in (("top", 17.0), ("center", 32.0), ("bottom", 47.0))
-    for column, x in (("left", 17.0), ("center", 32.0), ("right", 47.0))
+    "top left": (17.0, 17.0),
+    "top right": (47.0, 17.0),
+    "center": (32.0, 32.0),
+    "bottom left": (17.0, 47.0),
+    "bottom right": (47.0, 47.0),
 }
 """(x, y) in pixels of a shape's centre of mass."""
 
-SHAPES = ("circle", "square", "triangle", "cross", "star")
+SHAPES = ("circle", "square", "triangle", "cross")
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -222,22 +224,13 @@ def _edge_distance(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
     if shape == "cross":
         long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
         return np.maximum(long - 1.1 * radius, short - 0.37 * radius)
-    if shape == "triangle":
-        return _pointed(x, y, points=3, outer=1.4 * radius, inner=0.7 * radius)
-    return _pointed(x, y, points=5, outer=1.35 * radius, inner=0.6 * radius)
+    return _triangle_distance(x, y, 1.4 * radius)
 
 
-def _pointed(x: Floats, y: Floats, *, points: int, outer: float, inner: float) -> Floats:
-    """Distance to a star with one point upwards: its symmetries fold the plane onto one edge, from a tip to a notch.
-
-    With `inner = outer · cos(π / points)` the notches lie on the straight sides of a regular polygon.
-    """
-    sector = np.pi / points
-    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
-    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
-    notch_along, notch_across = inner * np.cos(sector), inner * np.sin(sector)
-    normal = np.array([notch_across, outer - notch_along]) / np.hypot(notch_across, outer - notch_along)
-    distance: Floats = (along - outer) * normal[0] + across * normal[1]
+def _triangle_distance(x: Floats, y: Floats, outer: float) -> Floats:
+    """Distance to an equilateral triangle with a tip upwards, `outer` from its centre: the farthest out of its three sides."""
+    slanted = np.abs(x) * np.float32(np.sqrt(3) / 2) - y / 2
+    distance: Floats = np.maximum(slanted, y) - outer / 2
     return distance
 
 
@@ -255,8 +248,8 @@ def draw(combination: Combination, offset: tuple[float, float] = (0.0, 0.0)) -> 
     return Image.fromarray((draw_array(combination, offset) * 255).round().astype(np.uint8))
 
 
-def draw_batch(batch: Sequence[Combination], rng: np.random.Generator) -> Floats:
-    """Pictures of a batch, `[len(batch), 3, PICTURE_SIZE, PICTURE_SIZE]` in -1…1, each with its own jitter."""
-    offsets = rng.uniform(-JITTER, JITTER, (len(batch), 2))
-    pictures = np.stack([draw_array(combination, (x, y)) for combination, (x, y) in zip(batch, offsets, strict=True)])
-    return np.ascontiguousarray((pictures * 2 - 1).transpose(0, 3, 1, 2))
+def draw_jittered(chosen: Sequence[Combination], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Pictures `[len(chosen), PICTURE_SIZE, PICTURE_SIZE, 3]`, each with its own jitter."""
+    offsets = rng.uniform(-JITTER, JITTER, (len(chosen), 2))
+    pictures = [np.asarray(draw(combination, (x, y))) for combination, (x, y) in zip(chosen, offsets, strict=True)]
+    return np.stack(pictures)
