@@ -16,7 +16,7 @@ from tgate_trt import models
 from tgate_trt.bundle import TRACE, Bundle, Manifest, building, describe_files, write_manifest
 from tgate_trt.errors import BundleError, InputError, UnsupportedError
 from tgate_trt.pipeline import BACKENDS
-from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, ROWS, Bounds, GraphSpec
+from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _build_into(folder: Path, source: models.ModelSource, request: Request, fing
     trace = _timed("trace", lambda: _trace(source, request, dtype))
     _save(trace, folder, TRACE)
     specs = {
-        name: _timed(f"{name} graph", lambda name=name: _write_graph(folder, trace, name, request.rows(name))) for name in request.graphs
+        name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in request.graphs
     }
     verification = _verify_all(folder, source, request, specs) if request.verify else {}
     manifest = Manifest(

@@ -183,7 +183,7 @@ def _column(pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mappin
     denoiser = getattr(pipeline, bundle.manifest.model["attribute"])
     pictures: list[Image] = []
     denoiser.gate_step = gate_step if gate_step == "none" else 1
-    pipeline(settings.prompts[0], **{**arguments, "num_inference_steps": 2}, output_type="latent")
+    pipeline(settings.prompts[0], **{**arguments, "num_inference_steps": 2})
     denoiser.gate_step = gate_step
     start = time.perf_counter()
     for index, prompt in enumerate(settings.prompts):

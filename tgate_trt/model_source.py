@@ -282,10 +282,12 @@ def source_of_folder(folder: Path, **known: Any) -> ModelSource:
 
 def source_of_checkpoint(path: Path, config: Path | None) -> ModelSource:
     """The source of a single ``.safetensors`` file; see `tgate_trt.single_file`."""
-    from tgate_trt.single_file import configuration_of
+    from tgate_trt.single_file import check_denoiser, configuration_of
 
     folder, known = configuration_of(path, config)
-    return source_of_folder(folder, name=path.stem, reference=str(path), checkpoint=path, **known)
+    source = source_of_folder(folder, name=path.stem, reference=str(path), checkpoint=path, **known)
+    check_denoiser(path, source.denoiser_config(), source.tensor_shapes())
+    return source
 
 
 def source_of_hub(hub_id: str, denoiser_hub_id: str | None = None, configs: Path | None = None, **known: Any) -> ModelSource:

@@ -21,11 +21,15 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: the model's own, mostly 25]")] = None,
     gate_step: Annotated[
         list[str] | None,
-        typer.Option(help="Planning steps: a count, a fraction, or none. May be given several times, to compare. [default: the model's own]"),
+        typer.Option(
+            help="Planning steps: a count, a fraction, or none. May be given several times, to compare. [default: the model's own]"
+        ),
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none. [default: the model's own]")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next have the next seeds.")] = 0,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpm++, sde-dpm++, euler, euler-a, heun, kdpm2, lcm, pndm, unipc.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, ddpm, dpm++, sde-dpm++, euler, euler-a, heun, kdpm2, lcm, pndm, unipc.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Pictures for each prompt.", min=1)] = 1,
     backend: Annotated[str | None, typer.Option(help="Engines to use. [default: the first that runs here]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one a core]", min=1)] = None,

@@ -45,7 +45,9 @@ def inspect(
 def _summary(bundle: Bundle) -> Table:
     manifest = bundle.manifest
     table = Table(show_header=False, box=None)
-    weights = "random weights, seed " + str(manifest.model["random_seed"]) if manifest.model["random_seed"] is not None else "its own weights"
+    weights = (
+        "random weights, seed " + str(manifest.model["random_seed"]) if manifest.model["random_seed"] is not None else "its own weights"
+    )
     rows = {
         "model": f"{manifest.model['name']} ({weights}), content {manifest.model['content'][:12]}",
         "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.built_for.items()),
