@@ -80,7 +80,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder to latents `[LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]`; slim where pictures are still wide, for that is where its time goes."""
+    """An autoencoder to latents `[LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]`; slim at full width, where its time goes."""
     widths = (16, 32, 64)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -107,7 +107,7 @@ def make_unet() -> UNet2DConditionModel:
         block_out_channels=widths,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,  # diffusers reads it as the number of heads
+        attention_head_dim=tuple(width // 32 for width in widths),  # diffusers reads it as numbers of heads: 32 channels each
         norm_num_groups=8,
     )
 

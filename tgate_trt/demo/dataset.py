@@ -9,13 +9,13 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Floats: TypeAlias = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 PICTURE_SIZE = 64
 """Width and height of a picture in pixels."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from tgate_trt.demo.reporting import Reporter
 from tgate_trt.errors import InputError
@@ -67,7 +67,7 @@ def fit(module: nn.Module, loss: Loss, recipe: Recipe, *, stage: str, seed: int,
         InputError: when the checkpoint was written under another recipe or seed.
     """
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.average)) if recipe.average else None
+    average = AveragedModel(module, avg_fn=_towards(recipe.average)) if recipe.average else None
     stateful = {"module": module, "optimizer": optimizer} | ({"average": average} if average else {})
     settings = {**asdict(recipe), "seed": seed}
     first = _restore(checkpoint, stateful, settings)
@@ -79,7 +79,7 @@ def fit(module: nn.Module, loss: Loss, recipe: Recipe, *, stage: str, seed: int,
                 group["lr"] = recipe.rate(step)
             optimizer.zero_grad()
             value = loss(step, step_generator(seed, stage, step))
-            value.backward()
+            torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
             optimizer.step()
             if average:
@@ -91,6 +91,10 @@ def fit(module: nn.Module, loss: Loss, recipe: Recipe, *, stage: str, seed: int,
     if average:
         module.load_state_dict(average.module.state_dict())
     module.eval()
+
+
+def _towards(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]:
+    return lambda average, latest, updates: average.lerp(latest, 1 - decay)
 
 
 def _restore(checkpoint: Path, stateful: dict[str, Any], settings: dict[str, Any]) -> int:

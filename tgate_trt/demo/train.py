@@ -26,9 +26,9 @@ from tgate_trt.errors import InputError, TGateError
 class Settings:
     """All that decides which weights come out."""
 
-    text_encoder: Recipe = field(default_factory=lambda: Recipe(steps=800, batch_size=128, learning_rate=1e-3))
-    vae: Recipe = field(default_factory=lambda: Recipe(steps=4000, batch_size=16, learning_rate=2e-3, warm_up=50))
-    unet: Recipe = field(default_factory=lambda: Recipe(steps=8000, batch_size=32, learning_rate=1e-3, warm_up=300, average=0.999))
+    text_encoder: Recipe = field(default_factory=lambda: Recipe(steps=500, batch_size=128, learning_rate=1e-3))
+    vae: Recipe = field(default_factory=lambda: Recipe(steps=2000, batch_size=16, learning_rate=2e-3, warm_up=50))
+    unet: Recipe = field(default_factory=lambda: Recipe(steps=5000, batch_size=32, learning_rate=1.5e-3, warm_up=200, average=0.999))
     pictures: int = 8
     """Jittered pictures of each combination that the denoiser is trained on."""
     captions: int = 6
@@ -50,8 +50,10 @@ def train(output: Path, work: Path, *, settings: Settings, device: torch.device,
         reporter: where progress goes.
 
     Raises:
-        InputError: when the work folder is of a training with other settings.
+        InputError: when the work folder is of a training with other settings, or `output` holds something else than a pipeline.
     """
+    if output.exists() and not (output / "model_index.json").exists() and any(output.iterdir()):
+        raise InputError(f"{output} holds something else than a diffusers pipeline, so it is not replaced; take another --output")
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, device, settings.seed, reporter)
     tokenizer = make_tokenizer(caption_words())

@@ -1,5 +1,7 @@
 """Scores: their arithmetic, and a pipeline that draws by program scored like any other."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,3 +62,11 @@ def test_a_proportion_that_cannot_be_is_refused(correct: int, total: int) -> Non
 def test_a_folder_without_a_pipeline_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no diffusers pipeline: expected a model_index\.json"):
         load_pipeline(tmp_path)
+
+
+def test_the_commands_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    for module, arguments in (("evaluate", [str(tmp_path)]), ("train", ["--device", "abacus", "--output", str(tmp_path / "model")])):
+        run = subprocess.run([sys.executable, "-m", f"tgate_trt.demo.{module}", *arguments], capture_output=True, text=True, check=False)
+        assert run.returncode == 1
+        assert "error: " in run.stderr
+        assert "Traceback" not in run.stderr

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from tgate_trt.demo.architecture import CAPTION_TOKENS, LATENT_CHANNELS, LATENT_SIZE, caption_words, make_tokenizer, make_vae
-from tgate_trt.demo.dataset import Combination, combinations, examples
+from tgate_trt.demo.dataset import Combination, examples
 from tgate_trt.demo.fitting import Recipe, fit
 from tgate_trt.demo.reporting import Reporter
 from tgate_trt.demo.stages import NOT_NAMED, standardise, tokenize, training_caption
@@ -129,5 +129,8 @@ def test_training_writes_a_pipeline_that_draws(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes", "work"]
 
 
-def test_training_sees_no_held_out_combination() -> None:
-    assert not any(combination.held_out for combination in combinations(held_out=False))
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(InputError, match="not replaced"):
+        train(tmp_path, tmp_path / "work", settings=Settings(), device=torch.device("cpu"), reporter=QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
