@@ -1,0 +1,66 @@
+"""The weights file is plain safetensors, and nothing unfit is written or read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tgate_trt.errors import BuildError, BundleError
+from tgate_trt.export import weights
+
+TENSORS = {"conv.weight": torch.randn(3, 2, 3, 3), "conv.bias": torch.randn(3), "scale": torch.randn(())}
+SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_safetensors_reads_what_was_written(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    path = tmp_path / weights.WEIGHTS_FILE
+    weights.write(path, SHAPES, ((name, tensor.to(dtype)) for name, tensor in TENSORS.items()), precision)
+    read = load_file(path)
+    assert list(read) == sorted(TENSORS) or set(read) == set(TENSORS)
+    assert all(torch.equal(read[name], TENSORS[name].to(dtype)) for name in TENSORS)
+
+
+def test_places_point_at_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / weights.WEIGHTS_FILE
+    weights.write(path, SHAPES, TENSORS.items(), "fp32")
+    content = path.read_bytes()
+    for name, place in weights.read_places(path).items():
+        raw = content[place.offset : place.offset + place.length]
+        assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(place.shape), TENSORS[name])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([("conv.weight", TENSORS["conv.weight"])], "lack 'conv.bias'"),
+        ([("conv.bias", TENSORS["conv.bias"])], "'conv.bias'"),
+        ([("conv.weight", TENSORS["conv.weight"].half())], "float16"),
+        ([("conv.weight", TENSORS["conv.weight"][:2])], r"\(2, 2, 3, 3\)"),
+        ([*TENSORS.items(), ("more", torch.zeros(1))], "'more'"),
+    ],
+)
+def test_other_tensors_than_expected_are_refused(tmp_path: Path, tensors: list[tuple[str, torch.Tensor]], message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        weights.write(tmp_path / weights.WEIGHTS_FILE, SHAPES, tensors, "fp32")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0" + b"not json at all!"])
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / weights.WEIGHTS_FILE
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="not a safetensors file"):
+        weights.read_places(path)
+
+
+def test_attach_refuses_a_parameter_of_another_shape(tmp_path: Path) -> None:
+    model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 20]>\ng (float[2] x) => (float[2] y) { y = Add (x, bias) }')
+    value = ir.Value(name="bias", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    value.const_value = ir.ExternalTensor("", 0, 0, ir.DataType.FLOAT, shape=ir.Shape([2]), name="bias")
+    model.graph.register_initializer(value)
+    with pytest.raises(BuildError, match="does not hold 'bias'"):
+        weights.attach(model, {"bias": weights.Place(0, 4, (1,))}, tmp_path)
