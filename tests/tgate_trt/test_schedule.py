@@ -35,7 +35,10 @@ def test_every_small_schedule(steps: int, order: int, repeats_first: bool) -> No
             assert visited[hand_offs[0]] == gate_step - 1
 
 
-@pytest.mark.parametrize(("fraction", "steps", "expected"), [(0.4, 25, 10), (0.5, 5, 3), (0.01, 10, 1), (0.99, 10, 10), (0.25, 2, 1), (0.1, 25, 3)])
+@pytest.mark.parametrize(
+    ("fraction", "steps", "expected"),
+    [(0.4, 25, 10), (0.5, 5, 3), (0.01, 10, 1), (0.99, 10, 10), (0.25, 2, 1), (0.1, 25, 3)],
+)
 def test_fraction_rounds_half_up_and_is_at_least_one(fraction: float, steps: int, expected: int) -> None:
     assert planning_steps(fraction, steps) == expected
 

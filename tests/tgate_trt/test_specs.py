@@ -31,7 +31,9 @@ def test_cache_tensors_are_found() -> None:
     assert SPEC.cache_outputs == ()
 
 
-@pytest.mark.parametrize("data", [{}, {"inputs": 3}, {"inputs": [], "outputs": [{}], "dimensions": {}}, {"inputs": [], "outputs": [], "dimensions": []}])
+@pytest.mark.parametrize(
+    "data", [{}, {"inputs": 3}, {"inputs": [], "outputs": [{}], "dimensions": {}}, {"inputs": [], "outputs": [], "dimensions": []}]
+)
 def test_other_json_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(BundleError, match="fidelity"):
         GraphSpec.from_json("fidelity", data)

@@ -1,0 +1,191 @@
+"""The commands, from a model to pictures, and the errors that a user would make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+from tgate_trt.bundle import MANIFEST, Bundle
+from tgate_trt.cli import build, generate, inspect
+
+BIN = Path(sys.executable).parent
+
+
+def run(app: Typer, *arguments: object) -> Result:
+    """Run a command in this process, and check that it ends without a traceback."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def error_of(result: Result) -> str:
+    """The one sentence of a command that failed on its user's input."""
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> Path:
+    """A bundle that the installed command built and verified."""
+    folder = tmp_path_factory.mktemp("commands") / "bundle"
+    done = subprocess.run([BIN / "tgate-build", "--model", tiny_sd, "--output", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "planning agrees with eager PyTorch, fp32 at 1, 2, 3 rows" in done.stdout
+    assert "fidelity agrees with eager PyTorch, fp32 at 1, 2, 3 rows" in done.stdout
+    assert done.stderr == ""
+    return folder
+
+
+def copy(bundle: Path, to: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(bundle, to / "copy"))
+
+
+def test_a_bundle_holds_its_weights_once(bundle: Path) -> None:
+    manifest = Bundle.open(bundle, full=True).manifest
+    weights = manifest.files["weights.safetensors"]["size"]
+    assert {"planning.onnx", "fidelity.onnx", "trace.onnx", "weights.safetensors"} <= set(manifest.files)
+    assert sum(file["size"] for name, file in manifest.files.items() if name.endswith(".onnx")) < weights
+    assert not [name for name in manifest.files if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
+
+
+def test_a_second_build_returns_and_says_why(bundle: Path, tiny_sd: Path) -> None:
+    before = (bundle / MANIFEST).stat()
+    result = run(build.app, "--model", tiny_sd, "--output", bundle)
+    assert result.exit_code == 0, result.output
+    assert "is up to date" in result.output
+    assert (bundle / MANIFEST).stat() == before
+
+
+def test_pictures_side_by_side(bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sheet.png"
+    prompts = ("--prompt", "a cat", "--prompt", "a dog")
+    result = run(generate.app, bundle, *prompts, "--steps", 3, "--gate-step", "none", "--gate-step", 1, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "vanilla" in result.output and "gate step 1" in result.output and str(output) in result.output
+    assert Image.open(output).width > 2 * 64
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_pictures_in_a_folder(bundle: Path, tmp_path: Path) -> None:
+    result = run(generate.app, bundle, "--prompt", "a cat", "--images", 2, "--steps", 2, "--gate-step", 0.5, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    pictures = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in pictures] == ["000-gate-step-0.5.png", "001-gate-step-0.5.png"]
+    first, second = (Image.open(path) for path in pictures)
+    assert first.size == (64, 64) and first.tobytes() != second.tobytes()
+
+
+def test_one_seed_gives_one_picture(bundle: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        assert run(generate.app, bundle, "--prompt", "x", "--steps", 2, "--seed", 7, "--output", tmp_path / name).exit_code == 0
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+
+
+def test_inspect_shows_what_is_held_and_that_it_is_valid(bundle: Path) -> None:
+    result = run(inspect.app, bundle, "--full")
+    assert result.exit_code == 0, result.output
+    for text in ("planning", "fidelity", "onnxruntime", "fp32", "tolerance 1e-04", "valid"):
+        assert text in result.output
+
+
+def test_inspect_says_why_a_bundle_is_stale(bundle: Path, tmp_path: Path) -> None:
+    folder = copy(bundle, tmp_path)
+    data = json.loads((folder / MANIFEST).read_text())
+    data["built_with"]["torch"] = "1.0"
+    data["model"]["content"] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps(data))
+    result = run(inspect.app, folder)
+    assert result.exit_code == 0
+    assert "stale: the model's files changed; torch was 1.0 and is" in result.output.replace("\n", " ")
+
+
+def test_inspect_says_when_the_model_is_gone(bundle: Path, tmp_path: Path) -> None:
+    folder = copy(bundle, tmp_path)
+    data = json.loads((folder / MANIFEST).read_text())
+    data["model"]["reference"] = str(tmp_path / "gone")
+    (folder / MANIFEST).write_text(json.dumps(data))
+    result = run(inspect.app, folder)
+    assert result.exit_code == 0 and "is not here, so changes to it cannot be seen" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "sdxxl"], "sdxl"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--model", "shapes", "--precision", "fp8"], "precision must be one of fp32, fp16, bf16"),
+        (["--model", "sd15", "--random-weights", "--precision", "bf16"], "no bf16 kernels"),
+        (["--model", "sd15", "--random-weights", "--batch-size", "4:1:1"], "1 <= min <= opt <= max"),
+        (["--model", "sd15", "--random-weights", "--batch-size", "40"], "at most 31 images"),
+        (["--model", "sd15", "--random-weights", "--backend", "tensorrt"], "does not build for 'tensorrt'"),
+        (["--model", "sd15", "--random-weights", "--graphs", "planing"], "there is no graph 'planing'"),
+        (["--model", "sd15", "--random-weights", "--height", "500"], "500"),
+        (["--model", "sd15", "--random-weights", "--output", __file__], "is not a bundle"),
+    ],
+)
+def test_build_refuses_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(run(build.app, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gate-step", "0"], "gate_step must be at least 1"),
+        (["--gate-step", "26"], "gate_step=26 is more than the 25 steps"),
+        (["--gate-step", "1.5"], "between 0 and 1"),
+        (["--gate-step", "half"], "a gate step is a number of steps"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--scheduler", "dpm"], "there is no scheduler 'dpm'"),
+        (["--backend", "tensorrt"], "there is no backend 'tensorrt'"),
+        (["--output", "picture.jpeg", "--steps", "1", "--gate-step", "none"], "takes a .png file or a folder"),
+        (["--output", "/proc/nowhere/x.png", "--steps", "1", "--gate-step", "none"], "cannot write to /proc/nowhere/x.png"),
+    ],
+)
+def test_generate_refuses_bad_input(
+    bundle: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(run(generate.app, bundle, "--prompt", "a cat", *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("app", [generate.app, inspect.app], ids=["generate", "inspect"])
+def test_a_damaged_bundle_is_one_sentence(app: Typer, bundle: Path, tmp_path: Path) -> None:
+    folder = copy(bundle, tmp_path)
+    with (folder / "weights.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    options = ["--prompt", "a cat"] if app is generate.app else []
+    assert "weights.safetensors has 1000 bytes instead of" in error_of(run(app, folder, *options))
+
+
+def test_a_damaged_bundle_is_built_again(bundle: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    folder = copy(bundle, tmp_path)
+    (folder / "planning.onnx").unlink()
+    result = run(build.app, "--model", tiny_sd, "--output", folder, "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert "building again" in result.output and "planning.onnx is missing" in result.output
+    Bundle.open(folder, full=True)
+
+
+def test_usage_errors_exit_with_two() -> None:
+    assert run(generate.app).exit_code == 2
+    assert run(build.app, "--model", "shapes", "--nonsense").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["tgate-build", "tgate-generate", "tgate-inspect"])
+def test_help_of_the_installed_commands(command: str) -> None:
+    done = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, check=True)
+    assert command in done.stdout
