@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
-from tgate_trt.export.trace import TAP_DOMAIN, TAP_OP
 
 from tgate_trt.errors import BuildError
+from tgate_trt.export.trace import TAP_DOMAIN, TAP_OP
 from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec
 from tgate_trt.taps import Recipe, kind_of
 

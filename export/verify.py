@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from tgate_trt.export.eager import run_recipe
 from torch import Tensor, nn
 
 from tgate_trt.errors import VerificationError
+from tgate_trt.export.eager import run_recipe
 from tgate_trt.specs import CACHE_PREFIX, ROWS, GraphSpec, TensorSpec
 from tgate_trt.taps import Recipe
 

@@ -1,0 +1,216 @@
+"""The benchmarks' arithmetic and files. That a figure is good is never asserted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import tgate_trt
+from tgate_trt import models
+from tgate_trt.bench import build_cost, record, steps, stopwatch, tables
+from tgate_trt.bench.__main__ import app
+from tgate_trt.bench.macs import macs_of_picture, macs_of_step
+from tgate_trt.bench.pictures import PARTS
+from tgate_trt.bench.spread import against, spread
+from tgate_trt.bench.studio import CFG_DROP, METHODS, TGATE, VANILLA
+from tgate_trt.bundle import Bundle
+from tgate_trt.errors import InputError
+from tgate_trt.taps import GRAPHS
+
+PUBLISHED = {
+    ("sd15", 512): (0.67722, 0.32434, {25: 16.93, 5: 9.87, 10: 11.64}),
+    ("sd21", 768): (1.52097, 0.72973, {25: 38.02, 5: 22.20, 10: 26.16}),
+    ("sdxl", 1024): (5.97732, 2.72754, {25: 149.43, 5: 84.44, 10: 100.69}),
+}
+"""Tera-MACs of a full step at batch 2, of a fidelity step at batch 1, and of 25 steps by gate step: the paper's table 1."""
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_macs_are_the_papers(name: str, size: int) -> None:
+    source = models.resolve(name, random_weights=True)
+    denoiser, inputs = source.denoiser_on_meta(), source.signature(size, size, "fp32")
+    full, fidelity, pictures = PUBLISHED[name, size]
+    step, refinement = macs_of_step(denoiser, inputs, "vanilla", 2), macs_of_step(denoiser, inputs, "fidelity", 1)
+    assert step / 1e12 == pytest.approx(full, abs=6e-6)
+    assert refinement / 1e12 == pytest.approx(fidelity, abs=6e-6)
+    assert macs_of_step(denoiser, inputs, "planning", 2) == step == 2 * macs_of_step(denoiser, inputs, "vanilla", 1)
+    for gate_step, expected in pictures.items():
+        assert macs_of_picture(step, refinement, gate_step, 25) / 1e12 == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_part_stands_still_while_another_runs_inside_it() -> None:
+    watch = stopwatch.Stopwatch()
+    with watch.time("outer"):
+        time.sleep(0.01)
+        with watch.time("inner"):
+            time.sleep(0.05)
+    assert watch.seconds["inner"] >= 0.05
+    assert 0.01 <= watch.seconds["outer"] < watch.seconds["inner"]
+
+
+def test_watching_ends_with_its_block() -> None:
+    class Clerk:
+        def add(self, a: int, b: int) -> int:
+            return a + b
+
+    clerk, watch = Clerk(), stopwatch.Stopwatch()
+    with watch.watching(clerk, "add", "sums"):
+        assert clerk.add(1, b=2) == 3
+    before = dict(watch.seconds)
+    assert clerk.add(2, 2) == 4
+    assert before.keys() == {"sums"}
+    assert dict(watch.seconds) == before
+    assert vars(clerk) == {}
+
+
+def test_a_ratio_is_taken_within_a_round() -> None:
+    compared = against({"base": [1.0, 10.0, 2.0], "half": [0.5, 5.0, 1.0]}, "base")
+    assert compared["half"]["ratio"] == {"median": 0.5, "p10": 0.5, "p90": 0.5, "samples": [0.5, 0.5, 0.5]}
+    assert compared["base"]["seconds"]["median"] == 2.0
+    assert spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0, "samples": [3.0]}
+
+
+def test_methods_place_their_gate() -> None:
+    assert [method.planning_steps(0.4, 25) for method in METHODS] == [25, 10, 10]
+    assert [method.label(10) for method in (VANILLA, CFG_DROP, TGATE)] == ["vanilla", "cfg-drop, g = 10", "T-GATE, g = 10"]
+
+
+def test_stages_are_read_from_the_log() -> None:
+    lines = ["weights done in 12.5 s", "building again: x", "text encoders and VAE done in 3.0 s", "planning graph done in 0.4 s"]
+    assert build_cost.stages_of(lines) == {"weights": 12.5, "text encoders and VAE": 3.0, "planning graph": 0.4}
+
+
+RECORD: dict[str, Any] = {
+    "schema": record.SCHEMA,
+    "what": "steps",
+    "command": "python -m tgate_trt.bench",
+    "date": "2026-01-02T03:04:05+00:00",
+    "machine": {"cpu": "A processor", "cores": 2, "memory_bytes": 24 << 30, "system": "Linux x86_64", "load_average_before": 0.1},
+    "versions": {"torch": "2.13.0", "onnxruntime": "1.23.0"},
+    "commit": None,
+    "subject": {"model": "sd15", "random_weights": True, "precision": "fp32", "width": 256, "height": 256},
+    "settings": {"rounds": 3, "threads": 2},
+    "complete": False,
+    "results": {
+        "vanilla step": {"rows": 2, "seconds": spread([5.0]), "ratio": spread([1.0]), "macs": 2 * 10**9, "bound": 1.0},
+        "fidelity step": {"rows": 1, "seconds": spread([0.0123]), "ratio": spread([0.478]), "macs": 10**9, "bound": 0.479},
+        "hand-off": {"rows": 2, "seconds": spread([42e-6]), "ratio": spread([0.0001]), "macs": 0, "bound": None},
+    },
+}
+
+
+def test_a_page_shows_every_record(tmp_path: Path) -> None:
+    (tmp_path / "cpu-steps-sd15.json").write_text(json.dumps(RECORD), encoding="utf-8")
+    page = tables.write_page(tmp_path).read_text(encoding="utf-8")
+    assert "## One step: sd15, 256×256, fp32, random weights" in page
+    assert "| vanilla step | 2 | 5.00 s (5.00 s … 5.00 s) | 1.000 | 1.000 | 2.000 |" in page
+    assert "| fidelity step | 1 | 12.3 ms (12.3 ms … 12.3 ms) | 0.478 | 0.479 | 1.000 |" in page
+    assert "| hand-off | 2 | 42 µs (42 µs … 42 µs) | 0.0001 | – | – |" in page
+    assert "A processor, 2 cores, 24 GiB" in page
+    assert "Rounds: 3." in page
+    assert "weights are random" in page
+    assert "Cut off" in page
+
+
+def test_a_build_is_set_against_its_weights() -> None:
+    results = {
+        "seconds": 100.0,
+        "stages": {"weights": 12.5},
+        "memory": {"peak_anonymous": 6 * 10**9, "peak_total": 7 * 10**9, "looks": 9},
+        "disk": {"bundle": 7 * 10**9, "denoiser_weights": 5 * 10**9, "pipeline_weights": 7 * 10**9},
+    }
+    subject = {"model": "sdxl", "precision": "fp16", "random_weights": True}
+    text = tables.table_of(RECORD | {"what": "build", "subject": subject, "settings": {}, "results": results}).markdown()
+    assert "| weights | 12.5 s |" in text
+    assert "6.00 GB, 1.20 × the denoiser's weights" in text
+    assert "7.00 GB, 1.00 × the pipeline's weights" in text
+
+
+def test_a_foreign_file_among_the_records_is_told(tmp_path: Path) -> None:
+    (tmp_path / "cpu-steps-x.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"cpu-steps-x\.json is no record"):
+        record.read_records(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tgate_trt.build(tiny_sd, tmp_path_factory.mktemp("bundles") / "tiny", verify=False, graphs=tuple(GRAPHS))
+
+
+@pytest.fixture
+def brisk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Samples of one call each."""
+    monkeypatch.setattr(steps, "LEAST_SECONDS", 0.0)
+    return
+
+
+@pytest.mark.usefixtures("brisk")
+def test_steps_and_pictures_are_measured_and_written(bundle: Bundle, tmp_path: Path) -> None:
+    arguments = ["--model", str(bundle.folder), "--only", "steps,pictures", "--rounds", "1", "--steps", "3", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    records = {found["what"]: found for found in record.read_records(tmp_path)}
+    assert records.keys() == {"steps", "pictures"}
+    for found in records.values():
+        assert found["complete"]
+        assert found["subject"]["model"] == "tiny-sd"
+        assert not found["subject"]["random_weights"]
+        assert found["settings"]["rounds"] == 1
+        assert found["machine"].keys() == {"cpu", "cores", "memory_bytes", "system", "load_average_before"}
+        assert {"python", "torch", "onnxruntime", "tgate-trt"} <= found["versions"].keys()
+        assert {"command", "date", "commit"} <= found.keys()
+        assert tables.table_of(found).title in done.output
+    _check_steps(records["steps"]["results"])
+    _check_pictures(records["pictures"]["results"])
+    assert (tmp_path / tables.PAGE).read_text(encoding="utf-8").count("## ") == 2
+
+
+def _check_steps(results: dict[str, Any]) -> None:
+    assert results.keys() == {*(step.name for step in steps.STEPS), steps.HAND_OFF}
+    assert results["vanilla step"]["ratio"]["samples"] == [1.0]
+    assert results["planning step"]["bound"] == 1.0
+    assert results["full step at batch 1"]["bound"] == 0.5
+    assert 0.4 < results["fidelity step"]["bound"] < 0.5
+    assert results["fidelity step"]["graph"] == "fidelity"
+    for row in results.values():
+        assert row.keys() == {"seconds", "ratio", "graph", "rows", "macs", "bound"}
+        assert len(row["seconds"]["samples"]) == 1
+        assert row["seconds"]["median"] > 0
+
+
+def _check_pictures(results: dict[str, Any]) -> None:
+    assert [row["label"] for row in results.values()] == ["vanilla", "cfg-drop, g = 1", "T-GATE, g = 1"]
+    assert results["vanilla"]["bound"] == 1.0
+    assert results["cfg-drop"]["bound"] == pytest.approx((1 + 2 / 2) / 3)
+    assert results["T-GATE"]["bound"] < results["cfg-drop"]["bound"]
+    for row in results.values():
+        assert row["parts"].keys() == set(PARTS)
+        assert all(part["median"] > 0 for part in row["parts"].values())
+        assert sum(part["median"] for part in row["parts"].values()) == pytest.approx(row["seconds"]["median"])
+        outside = row["seconds"]["median"] - row["parts"]["engines"]["median"]
+        assert row["outside_engines"]["median"] == pytest.approx(outside)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nothing"], "--model takes shapes or sd15, or the folder of a bundle; got 'nothing'"),
+        (["--only", "steps,stairs"], "--only takes steps, pictures, scores, got 'stairs'"),
+        (["--only", "scores", "--model", "sd15"], "scores are read from pictures of shapes, got --model sd15"),
+        (["--only", ","], "nothing is left to measure"),
+        (["build", "--model", "nothing"], "nothing"),
+        (["build", "--precision", "fp3"], "--precision must be one of fp32, fp16, bf16, got 'fp3'"),
+    ],
+)
+def test_bad_options_are_told_in_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+    assert message in done.output
+    assert len(done.output.splitlines()) == 1
