@@ -171,6 +171,8 @@ def _request(
     verify: bool,
 ) -> Request:
     """Check what was asked for, and fill in what was not."""
+    if source.denoiser_attribute != "unet":
+        raise UnsupportedError(f"{source.name} is a transformer; this version builds UNets")
     backends = tuple(backend.split(",") if isinstance(backend, str) else backend or BACKENDS[:1])
     for name in backends:
         if name not in BACKENDS:
