@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -54,7 +53,7 @@ def test_the_first_build_generation_inspection_and_python_run(tmp_path: Path, mo
     assert list((tmp_path / "pictures").glob("*.png"))
     (code, _, *_) = blocks("python")
     namespace: dict[str, object] = {}
-    os.rename("bundles/shapes-64x64-fp32", "bundles/shapes")  # so that the build of the example finds it up to date
+    Path("bundles/shapes-64x64-fp32").rename("bundles/shapes")  # so that the build of the example finds it up to date
     exec(code, namespace)
     assert (tmp_path / "circle.png").exists()
 
