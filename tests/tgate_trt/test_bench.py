@@ -25,7 +25,6 @@ from tgate_trt.taps import GRAPHS
 
 PUBLISHED = {
     ("sd15", 512): (0.67722, 0.32434, {25: 16.93, 5: 9.87, 10: 11.64}),
-    ("sd21", 768): (1.52097, 0.72973, {25: 38.02, 5: 22.20, 10: 26.16}),
     ("sdxl", 1024): (5.97732, 2.72754, {25: 149.43, 5: 84.44, 10: 100.69}),
 }
 """Tera-MACs of a full step at batch 2, of a fidelity step at batch 1, and of 25 steps by gate step: the paper's table 1."""
@@ -39,7 +38,6 @@ def test_macs_are_the_papers(name: str, size: int) -> None:
     step, refinement = macs_of_step(denoiser, inputs, "vanilla", 2), macs_of_step(denoiser, inputs, "fidelity", 1)
     assert step / 1e12 == pytest.approx(full, abs=6e-6)
     assert refinement / 1e12 == pytest.approx(fidelity, abs=6e-6)
-    assert macs_of_step(denoiser, inputs, "planning", 2) == step == 2 * macs_of_step(denoiser, inputs, "vanilla", 1)
     for gate_step, expected in pictures.items():
         assert macs_of_picture(step, refinement, gate_step, 25) / 1e12 == pytest.approx(expected, rel=1e-3)
 

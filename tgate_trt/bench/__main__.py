@@ -1,0 +1,79 @@
+"""``python -m tgate_trt.bench``: measure on this machine, into ``docs/results/``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tgate_trt.cli.common import application, console, reporting
+
+app = application()
+
+_Output = Annotated[Path, typer.Option(help="Folder of the results: a JSON file for each part and model, and cpu.md with all of them.")]
+_RESULTS = Path("docs/results")
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="With commas: shapes, sd15, or folders of bundles.")] = "shapes,sd15",
+    only: Annotated[str, typer.Option(help="With commas: steps, pictures, scores.")] = "steps,pictures,scores",
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often times are taken. [default: 15 for shapes, 3 for sd15]")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Sampling steps of a picture; gates keep their fraction of them.")] = 25,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out captions that are scored, at most all there are.")] = 100,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of an engine. [default: one a core]")] = None,
+    output: _Output = _RESULTS,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+) -> None:
+    """Time steps and pictures on the CPU, and count the demo model's correct pictures: vanilla, cfg-drop and T-GATE.
+
+    Results are written after every round, so a run that is cut off keeps what it has.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with reporting(verbose):
+        from tgate_trt.bench.record import Recorder
+        from tgate_trt.bench.suite import Plan, run
+
+        plan = Plan(_names(model), _names(only), rounds, steps, samples, threads)
+        for table in run(plan, Recorder(output, _command())):
+            console.print(table.rich())
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="A named architecture: sd15, sd21, sdxl, …")] = "sdxl",
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
+    bundle: Annotated[Path | None, typer.Option(help="Folder to build in. [default: bundles/build-MODEL-PRECISION]")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the bundle there.")] = False,
+    output: _Output = _RESULTS,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+) -> None:
+    """Measure a build with random weights: time by stage, peak memory of its processes, and bytes on disk."""
+    with reporting(verbose):
+        from tgate_trt.bench import build_cost
+        from tgate_trt.bench.record import Recorder
+        from tgate_trt.bench.tables import table_of, write_page
+
+        recorder = Recorder(output, _command())
+        results = build_cost.measure(model, precision, bundle or Path("bundles") / f"build-{model}-{precision}", keep=keep)
+        record = recorder.save("build", {"model": model, "precision": precision, "random_weights": True}, {}, results)
+        write_page(output)
+        console.print(table_of(record).rich())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names with commas between them, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "tgate_trt.bench", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tgate_trt.bench")

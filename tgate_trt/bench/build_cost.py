@@ -1,0 +1,175 @@
+"""What a build takes: time stage by stage, peak memory, and bytes on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from tgate_trt import models
+from tgate_trt.bundle import MANIFEST, Bundle
+from tgate_trt.errors import BuildError, InputError
+from tgate_trt.specs import DTYPES, PRECISIONS
+
+SECONDS_BETWEEN_LOOKS = 0.05
+
+_DONE = re.compile(r"(?P<stage>.+) done in (?P<seconds>[\d.]+) s")
+
+
+@dataclass
+class Memory:
+    """The most memory, in bytes, that a process and its descendants were seen to hold together."""
+
+    anonymous: int = 0
+    """Without pages of files, which the system can drop."""
+    total: int = 0
+    """Resident, a page that two processes share counted twice."""
+    looks: int = 0
+
+    def look(self, root: int) -> None:
+        """Take in what they hold now."""
+        held = [status for status in _tree(root) if "RssAnon" in status]
+        self.anonymous = max(self.anonymous, sum(status["RssAnon"] for status in held))
+        self.total = max(self.total, sum(status["VmRSS"] for status in held))
+        self.looks += 1
+
+
+@dataclass
+class _Child:
+    """A process whose lines are read while its memory is looked at."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+
+    def watch(self) -> int:
+        """Look on until the process ends, and return its exit status."""
+        assert self.process.stdout is not None
+        reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        reader.start()
+        try:
+            while self.process.poll() is None:
+                self.memory.look(self.process.pid)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            if self.process.poll() is None:
+                self.process.terminate()
+                self.process.wait()
+        reader.join()
+        return self.process.returncode
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            self.lines.append(line.rstrip())
+            print(self.lines[-1], flush=True)
+
+
+def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> dict[str, Any]:
+    """Build a named architecture with random weights in a process of its own, and watch it.
+
+    Args:
+        model: a name of `tgate_trt.models.ARCHITECTURES`.
+        precision: of `tgate_trt.specs.PRECISIONS`.
+        folder: of the bundle.
+        keep: whether the bundle stays.
+
+    Returns:
+        JSON data: ``seconds``, ``stages`` in seconds by name, ``memory`` and ``disk`` in bytes.
+
+    Raises:
+        InputError: if there is no such model or precision.
+        BuildError: if the build fails.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    source = models.resolve(model, random_weights=True)
+    arguments = build_arguments(model, precision, folder)
+    start = time.perf_counter()
+    with subprocess.Popen(
+        (sys.executable, "-P", "-c", "from tgate_trt.cli.build import main; main()", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        child = _Child(process)
+        status = child.watch()
+    seconds = time.perf_counter() - start
+    if status != 0:
+        raise BuildError(f"tgate-build {' '.join(arguments)} ended with exit code {status}: {(child.lines or ['no message'])[-1]}")
+    element = int(getattr(torch, DTYPES[precision]).itemsize)
+    results = {
+        "arguments": ["tgate-build", *arguments],
+        "seconds": seconds,
+        "stages": stages_of(child.lines),
+        "memory": {"peak_anonymous": child.memory.anonymous, "peak_total": child.memory.total, "looks": child.memory.looks},
+        "disk": disk_of(folder, element * sum(map(math.prod, source.tensor_shapes().values()))),
+    }
+    if not keep:
+        shutil.rmtree(folder)
+    return results
+
+
+def build_arguments(model: str, precision: str, folder: Path) -> list[str]:
+    """Arguments of the ``tgate-build`` that is measured."""
+    chosen = ["--model", model, "--random-weights", "--precision", precision, "--backend", "onnxruntime", "--no-verify", "--force"]
+    return [*chosen, "--output", str(folder)]
+
+
+def stages_of(lines: list[str]) -> dict[str, float]:
+    """Seconds of each stage that a build's log tells."""
+    matches = filter(None, (_DONE.fullmatch(line.strip()) for line in lines))
+    return {match["stage"]: float(match["seconds"]) for match in matches}
+
+
+def disk_of(folder: Path, denoiser: int) -> dict[str, int]:
+    """Bytes of a bundle on disk, beside those of the weights that it must hold at least.
+
+    Args:
+        folder: of the bundle.
+        denoiser: bytes of the denoiser's weights.
+    """
+    bundle = Bundle.open(folder)
+    rest = sum(_tensor_bytes(path) for path in bundle.pipeline.rglob("*.safetensors"))
+    held = sum(file["size"] for file in bundle.manifest.files.values()) + (folder / MANIFEST).stat().st_size
+    return {"bundle": held, "denoiser_weights": denoiser, "pipeline_weights": denoiser + rest}
+
+
+def _tensor_bytes(path: Path) -> int:
+    """Bytes of a ``.safetensors`` file's tensors, without its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: Mapping[str, Any] = json.loads(file.read(length))
+    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__")
+
+
+def _tree(root: int) -> list[dict[str, int]]:
+    """The status of a process and of its descendants; numbers only, memory in bytes."""
+    statuses = {int(path.name): status for path in Path("/proc").glob("[0-9]*") if (status := _status(path))}
+    tree = {root}
+    while found := {pid for pid, status in statuses.items() if status["PPid"] in tree} - tree:
+        tree |= found
+    return [statuses[pid] for pid in tree if pid in statuses]
+
+
+def _status(process: Path) -> dict[str, int]:
+    """Memory and parent of a process; empty if it has ended."""
+    status = {}
+    with suppress(OSError):
+        for line in (process / "status").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name in ("PPid", "VmRSS", "RssAnon"):
+                status[name] = int(value.split()[0]) * (1 if name == "PPid" else 1024)
+    return status
