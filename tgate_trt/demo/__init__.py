@@ -9,7 +9,7 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 """The trained pipeline, a folder in diffusers' format: `StableDiffusionPipeline.from_pretrained(MODEL_DIR)`."""
 
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 2.0
 """The classifier-free guidance scale that the model draws best with."""
 
 NUM_INFERENCE_STEPS = 25
