@@ -164,12 +164,14 @@ class ModelSource:
     def load_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The denoiser in eager PyTorch on the CPU, in eval mode, without gradients: the reference for every graph."""
         from accelerate import init_empty_weights
+        from torch import nn
 
         # Buffers that are computed, such as PixArt's positions, are in no file: only parameters start out empty.
         with init_empty_weights(include_buffers=False):
             denoiser = _denoiser(self.denoiser_config())
         denoiser.load_state_dict(dict(self.tensors(dtype)), assign=True)
-        return denoiser.to(dtype).requires_grad_(False)
+        # Computed buffers are cast as `from_pretrained` does; the models' own `to` would warn of layers that are not there.
+        return nn.Module.to(denoiser, dtype).requires_grad_(False)
 
     def save_rest(self, folder: Path, dtype: torch.dtype) -> None:
         """Write a diffusers pipeline folder of everything but the denoiser's weights.
@@ -253,7 +255,7 @@ def source_of_folder(folder: Path, **known: Any) -> ModelSource:
     if attribute is None:
         raise UnsupportedError(f"{folder} is a {index['_class_name']}, which has no unet or transformer; this version builds those")
     for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] not in ("diffusers", "transformers", "stable_diffusion", None) and name not in _LEFT_OUT:
+        if isinstance(entry, list) and entry[0] not in ("diffusers", "transformers", None) and name not in _LEFT_OUT:
             raise UnsupportedError(
                 f"{folder} has a {name} of {entry[0]!r}, whose code is not part of diffusers; this version runs no foreign code"
             )

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
     from tgate_trt.model_source import ModelSource
 
-_DENOISER_PREFIX = "model.diffusion_model."
 _PARTS = {
-    _DENOISER_PREFIX: "a denoiser",
-    "first_stage_model.": "a VAE",
-    ("cond_stage_model.", "conditioner.embedders."): "text encoders",
+    "denoiser": ("model.diffusion_model.",),
+    "VAE": ("first_stage_model.",),
+    "text encoders": ("cond_stage_model.", "conditioner.embedders."),
 }
-"""What a whole checkpoint holds, by prefix."""
+"""What a whole checkpoint holds, and how its tensors' names may begin."""
 
 _ARCHITECTURES = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}
 """Named architecture by diffusers' name for the kind of checkpoint.
@@ -52,9 +51,9 @@ def configuration_of(path: Path, config: Path | None) -> tuple[Path, dict[str, A
     from tgate_trt.models import ARCHITECTURES
 
     shapes = header_of(path)
-    for prefix, part in _PARTS.items():
-        if not any(name.startswith(prefix) for name in shapes):
-            raise InputError(f"{path} holds no {part.removeprefix('a ')} in the original authors' layout; give a whole checkpoint")
+    for part, prefixes in _PARTS.items():
+        if not any(name.startswith(prefixes) for name in shapes):
+            raise InputError(f"{path} holds no {part} in the original authors' layout; give a whole checkpoint")
     if config is not None:
         return config, {}
     row = ARCHITECTURES[architecture_of(path, shapes)]

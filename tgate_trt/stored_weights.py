@@ -131,7 +131,7 @@ def write_component(folder: Path, stem: str, tensors: Iterator[tuple[str, Tensor
     if len(shards) == 1:
         (folder / f"{stem}.0.partial").rename(folder / f"{stem}.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         file = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{stem}.{index}.partial").rename(folder / file)
