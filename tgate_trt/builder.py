@@ -241,9 +241,11 @@ def _build_into(folder: Path, source: models.ModelSource, request: Request, fing
 
 
 def _trace(source: models.ModelSource, request: Request, dtype: Any) -> ir.Model:
+    from torch import nn
+
     from tgate_trt.export.trace import trace
 
-    return trace(source.denoiser_on_meta().to(dtype), source.signature(request.height, request.width, request.precision))
+    return trace(nn.Module.to(source.denoiser_on_meta(), dtype), source.signature(request.height, request.width, request.precision))
 
 
 def _write_graph(folder: Path, trace: ir.Model, name: str, rows: Bounds) -> GraphSpec:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tgate_trt import demo
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.model_source import ModelSource, source_of_checkpoint, source_of_folder, source_of_hub
 from tgate_trt.specs import ROWS, TensorSpec
@@ -58,7 +59,7 @@ _SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
-        Architecture("shapes", 64, 64, 0.4, 25, None, None),
+        Architecture("shapes", 64, 64, 0.4, demo.NUM_INFERENCE_STEPS, demo.GUIDANCE_SCALE, None),
         Architecture("sd15", 512, 512, 10 / 25, 25, 7.5, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
         Architecture("sd21", 768, 768, 10 / 25, 25, 7.5, "stabilityai/stable-diffusion-2-1"),
         Architecture("sdxl", 1024, 1024, 10 / 25, 25, 5.0, _SDXL),

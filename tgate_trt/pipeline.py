@@ -134,7 +134,7 @@ def architecture_of(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
     kind = getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
         denoiser: nn.Module = kind.from_config(config)
-    return denoiser.eval().to(dtype).requires_grad_(False)
+    return nn.Module.to(denoiser.eval(), dtype).requires_grad_(False)
 
 
 def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:

@@ -55,7 +55,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     dtype = getattr(torch, DTYPES[precision])
     folder = tmp_path_factory.mktemp(f"{pipeline}-{precision}")
     weights.write(folder / weights.WEIGHTS_FILE, source.tensor_shapes(), source.tensors(dtype), precision)
-    model = trace(source.denoiser_on_meta().to(dtype), source.signature(source.height, source.width, precision))
+    model = trace(torch.nn.Module.to(source.denoiser_on_meta(), dtype), source.signature(source.height, source.width, precision))
     return Traced(source, precision, model, folder)
 
 
