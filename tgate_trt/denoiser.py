@@ -35,6 +35,8 @@ class _Run:
     guided: bool
     rows: int
     """Rows of each call: two an image under guidance."""
+    first: int | None
+    """Place of the first call's timestep among the scheduler's, or None if it is not one of them in memory."""
     calls: int = 0
     """Calls made so far."""
     has_cache: bool = False
@@ -160,12 +162,19 @@ class GatedDenoiser(nn.Module):
         if pipeline is None:
             raise GateError("the pipeline of this denoiser is gone; apply the bundle to the pipeline that you use")
         timesteps = pipeline.scheduler.timesteps
+        place = _place(timesteps, timestep)
         if self._run is None or self._run.timesteps is not timesteps:
+            if self._run is not None and _place(self._run.timesteps, timestep) is not None:
+                raise GateError("scheduler.set_timesteps was called within a run; run one after the other")
             self._run = self._begin(pipeline, sample, timestep)
         run = self._run
         if run.calls == run.schedule.calls:
             raise GateError(
                 f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps"
+            )
+        if place != (None if run.first is None else run.first + run.calls):
+            raise GateError(
+                "the timesteps of a run came out of order: another run began before this one had ended; run one after the other"
             )
         if sample.shape[0] != run.rows:
             raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
@@ -175,11 +184,15 @@ class GatedDenoiser(nn.Module):
     def _begin(self, pipeline: Any, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
-        if guided and rows % 2:
-            raise GateError(f"a guided batch is [negative, positive], but it has {rows} rows; pass guidance=False if it is not guided")
+        if guided and not _has_equal_halves(sample):
+            raise GateError(
+                f"a guided batch is the same latents twice, [negative, positive], but these {rows} rows are not; "
+                "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
+            )
         for key in [key for key in self._memory if key[1] not in (rows, rows // 2)]:
             del self._memory[key]
-        return _Run(pipeline.scheduler.timesteps, schedule_of(pipeline, timestep, self.gate_step), guided, rows)
+        timesteps = pipeline.scheduler.timesteps
+        return _Run(timesteps, schedule_of(pipeline, timestep, self.gate_step), guided, rows, _place(timesteps, timestep))
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
         """Whether the batch is ``[negative, positive]``: as told, as the pipeline says, else by equal halves at the first call."""
@@ -188,8 +201,7 @@ class GatedDenoiser(nn.Module):
         said = getattr(pipeline, "do_classifier_free_guidance", None)
         if said is not None:
             return bool(said)
-        rows = sample.shape[0]
-        return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+        return _has_equal_halves(sample)
 
     def _plan(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
         """Run with cross-attention on the whole batch; at the last planning call, keep its outputs."""
@@ -253,7 +265,8 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
     scheduler = pipeline.scheduler
     listed = len(scheduler.timesteps)
     order = int(getattr(scheduler, "order", 1))
-    whole = getattr(scheduler, "num_inference_steps", None) or (listed + 1) // order
+    told = None if getattr(scheduler, "custom_timesteps", False) else getattr(scheduler, "num_inference_steps", None)
+    whole = told or (listed + order - 1) // order
     extra = listed - whole if order == 1 else 0
     if order not in (1, 2) or extra not in (0, 1) or (order == 2 and listed != 2 * whole - 1):
         raise GateError(
@@ -261,11 +274,32 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
             + ("; set skip_prk_steps=True" if hasattr(scheduler, "step_prk") else "; use another scheduler")
         )
     calls = getattr(pipeline, "num_timesteps", None) or 0
-    if not 1 <= calls <= listed:
-        first = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
-        calls = listed - int((scheduler.timesteps == first).nonzero()[0])
+    place = _place(scheduler.timesteps, timestep)
+    if not 1 <= calls <= listed - (place or 0):
+        calls = listed - (_find(scheduler.timesteps, timestep) if place is None else place)
     steps = (calls + 1) // 2 if order == 2 else max(calls - extra, 1)
     return GateSchedule(steps, planning_steps(gate_step, steps), order, calls)
+
+
+def _place(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
+    """Which of the scheduler's timesteps this is, told by its address, so that a GPU need not be waited for; None if a copy."""
+    if not isinstance(timestep, Tensor) or timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
+
+
+def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
+    """Which of the scheduler's timesteps is the first of this value."""
+    found = (timesteps == torch.as_tensor(timestep).flatten()[0].to(timesteps)).nonzero()
+    if not len(found):
+        raise GateError(f"timestep {timestep} is none of the scheduler's; a run starts with scheduler.set_timesteps")
+    return int(found[0])
+
+
+def _has_equal_halves(sample: Tensor) -> bool:
+    """Whether a pipeline may have doubled this batch for guidance."""
+    rows = sample.shape[0]
+    return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
 
 
 def _half(tensor: Tensor | None, index: int) -> Tensor | None:
