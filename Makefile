@@ -29,9 +29,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/tgate-build --model shapes --output $(DEMO_BUNDLE)
 	$(BIN)/tgate-generate $(DEMO_BUNDLE) \
-	  --prompt "a small red circle at the top left on a blue background" \
-	  --prompt "a large yellow square at the bottom right on a purple background" \
-	  --prompt "a large green triangle in the center on a white background" \
+	  --prompt "a small red circle at the top right on a white background" \
+	  --prompt "a large yellow square at the top left on a green background" \
+	  --prompt "a large blue triangle at the center on a black background" \
+	  --prompt "a small purple cross at the top left on a black background" \
 	  --gate-step none --gate-step 10 --gate-step 5 --output pictures/demo.png
 
 test: $(READY)
