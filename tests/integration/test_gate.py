@@ -278,8 +278,11 @@ def test_custom_timesteps_make_the_steps_of_a_run(gated_sd: Any, eager_sd: Any) 
     gated_sd.scheduler, eager_sd.scheduler = scheduler_of(gated_sd, "ddpm"), scheduler_of(eager_sd, "ddpm")
     gated_sd.unet.gate_step = "none"
     draw(gated_sd)  # leaves its number of steps in the scheduler
-    arguments = {**_arguments(Run()), "num_inference_steps": 50, "timesteps": [900, 600, 300]}
-    assert_equal(gated_sd(**arguments).images, eager_sd(**arguments).images)
+    ours, expected = (
+        pipeline(**{**_arguments(Run()), "num_inference_steps": 50, "timesteps": [900, 600, 300]}).images
+        for pipeline in (gated_sd, eager_sd)
+    )
+    assert_equal(ours, expected)
 
 
 def test_pndm_with_its_runge_kutta_start_is_refused(gated_sd: Any) -> None:
