@@ -123,7 +123,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline.")] = MODEL_DIR,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = NUM_INFERENCE_STEPS,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = GUIDANCE_SCALE,
-    samples: Annotated[int, typer.Option(min=1, help="Captions of each side of the split; at most all of it.")] = 246,
+    samples: Annotated[int, typer.Option(min=1, help="Captions of each side of the split; at most all of it.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the captions and of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Captions in one call.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and no table.")] = False,

@@ -28,7 +28,7 @@ class Settings:
 
     text_encoder: Recipe = field(default_factory=lambda: Recipe(steps=500, batch_size=128, learning_rate=1e-3))
     vae: Recipe = field(default_factory=lambda: Recipe(steps=2000, batch_size=16, learning_rate=2e-3, warm_up=50))
-    unet: Recipe = field(default_factory=lambda: Recipe(steps=5000, batch_size=32, learning_rate=1.5e-3, warm_up=200, average=0.999))
+    unet: Recipe = field(default_factory=lambda: Recipe(steps=3900, batch_size=32, learning_rate=1.5e-3, warm_up=200, average=0.999))
     pictures: int = 8
     """Jittered pictures of each combination that the denoiser is trained on."""
     captions: int = 6
