@@ -44,7 +44,7 @@ class Proportion:
         z, n, p = 1.959964, self.total, self.fraction
         middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         margin = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-        return max(0.0, middle - margin), min(1.0, middle + margin)
+        return min(p, max(0.0, middle - margin)), max(p, min(1.0, middle + margin))  # against rounding where p is 0 or 1
 
     def __str__(self) -> str:
         low, high = self.interval
