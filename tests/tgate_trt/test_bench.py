@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +13,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import tgate_trt
 from tgate_trt import models
-from tgate_trt.bench import build_cost, record, steps, stopwatch, tables
+from tgate_trt.bench import build_cost, record, scores, steps, stopwatch, tables
 from tgate_trt.bench.__main__ import app
 from tgate_trt.bench.macs import macs_of_picture, macs_of_step
 from tgate_trt.bench.pictures import PARTS
 from tgate_trt.bench.spread import against, spread
-from tgate_trt.bench.studio import CFG_DROP, METHODS, TGATE, VANILLA
-from tgate_trt.bundle import Bundle
+from tgate_trt.bench.studio import CFG_DROP, METHODS, TGATE, VANILLA, Studio
+from tgate_trt.bench.subjects import open_bundle
+from tgate_trt.bundle import STAMPS, Bundle
+from tgate_trt.demo.dataset import ATTRIBUTES
 from tgate_trt.errors import InputError
-from tgate_trt.taps import GRAPHS
 
 PUBLISHED = {
     ("sd15", 512): (0.67722, 0.32434, {25: 16.93, 5: 9.87, 10: 11.64}),
@@ -107,9 +109,9 @@ def test_a_page_shows_every_record(tmp_path: Path) -> None:
     (tmp_path / "cpu-steps-sd15.json").write_text(json.dumps(RECORD), encoding="utf-8")
     page = tables.write_page(tmp_path).read_text(encoding="utf-8")
     assert "## One step: sd15, 256×256, fp32, random weights" in page
-    assert "| vanilla step | 2 | 5.00 s (5.00 s … 5.00 s) | 1.000 | 1.000 | 2.000 |" in page
-    assert "| fidelity step | 1 | 12.3 ms (12.3 ms … 12.3 ms) | 0.478 | 0.479 | 1.000 |" in page
-    assert "| hand-off | 2 | 42 µs (42 µs … 42 µs) | 0.0001 | – | – |" in page
+    assert "| vanilla step | 2 | 5.00 s | 5.00 s … 5.00 s | 1.000 | 1.000 | 2.000 |" in page
+    assert "| fidelity step | 1 | 12.3 ms | 12.3 ms … 12.3 ms | 0.478 | 0.479 | 1.000 |" in page
+    assert "| hand-off | 2 | 42 µs | 42 µs … 42 µs | 0.000 | – | – |" in page
     assert "A processor, 2 cores, 24 GiB" in page
     assert "Rounds: 3." in page
     assert "weights are random" in page
@@ -124,7 +126,8 @@ def test_a_build_is_set_against_its_weights() -> None:
         "disk": {"bundle": 7 * 10**9, "denoiser_weights": 5 * 10**9, "pipeline_weights": 7 * 10**9},
     }
     subject = {"model": "sdxl", "precision": "fp16", "random_weights": True}
-    text = tables.table_of(RECORD | {"what": "build", "subject": subject, "settings": {}, "results": results}).markdown()
+    (table,) = tables.tables_of(RECORD | {"what": "build", "subject": subject, "settings": {}, "results": results})
+    text = table.markdown()
     assert "| weights | 12.5 s |" in text
     assert "6.00 GB, 1.20 × the denoiser's weights" in text
     assert "7.00 GB, 1.00 × the pipeline's weights" in text
@@ -137,8 +140,42 @@ def test_a_foreign_file_among_the_records_is_told(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return tgate_trt.build(tiny_sd, tmp_path_factory.mktemp("bundles") / "tiny", verify=False, graphs=tuple(GRAPHS))
+def built(tiny_sd_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
+    """A bundle whose build was measured, and the folder of the record."""
+    folder, output = tmp_path_factory.mktemp("bundles") / "tiny-sd", tmp_path_factory.mktemp("results")
+    arguments = ["build", "--model", str(tiny_sd_configs), "--precision", "fp32", "--bundle", str(folder), "--keep"]
+    done = CliRunner().invoke(app, [*arguments, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    return Bundle.open(folder), output
+
+
+def test_a_build_is_measured(built: tuple[Bundle, Path]) -> None:
+    bundle, output = built
+    (found,) = record.read_records(output)
+    assert (found["what"], found["subject"]) == ("build", {"model": "tiny-sd", "precision": "fp32", "random_weights": True})
+    results = found["results"]
+    assert {"weights", "trace", "planning graph", "fidelity graph"} <= results["stages"].keys()
+    assert 0 < sum(results["stages"].values()) < results["seconds"]
+    assert 0 < results["memory"]["peak_anonymous"] <= results["memory"]["peak_total"]
+    disk = results["disk"]
+    assert 0 < disk["denoiser_weights"] < disk["pipeline_weights"] < disk["bundle"]
+    assert disk["denoiser_weights"] <= bundle.manifest.files["weights.safetensors"]["size"]
+    assert disk["bundle"] == sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file() and path.name != STAMPS)
+    with pytest.raises(InputError, match="is there already"):
+        build_cost.measure(str(bundle.folder), "fp32", bundle.folder)
+
+
+def test_the_memory_of_descendants_counts() -> None:
+    size, memory = 50 << 20, build_cost.Memory()
+    grandchild = f"held = bytearray(b'x' * {size}); print(len(held), flush=True); input()"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        memory.look(process.pid)
+        process.communicate(b"\n")
+    assert size < memory.anonymous < memory.total
+    assert memory.anonymous < 2 * size
 
 
 @pytest.fixture
@@ -149,8 +186,8 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("brisk")
-def test_steps_and_pictures_are_measured_and_written(bundle: Bundle, tmp_path: Path) -> None:
-    arguments = ["--model", str(bundle.folder), "--only", "steps,pictures", "--rounds", "1", "--steps", "3", "--output", str(tmp_path)]
+def test_steps_and_pictures_are_measured_and_written(built: tuple[Bundle, Path], tmp_path: Path) -> None:
+    arguments = ["--model", str(built[0].folder), "--only", "steps,pictures", "--rounds", "1", "--steps", "3", "--output", str(tmp_path)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     records = {found["what"]: found for found in record.read_records(tmp_path)}
@@ -158,15 +195,15 @@ def test_steps_and_pictures_are_measured_and_written(bundle: Bundle, tmp_path: P
     for found in records.values():
         assert found["complete"]
         assert found["subject"]["model"] == "tiny-sd"
-        assert not found["subject"]["random_weights"]
+        assert found["subject"]["random_weights"]
         assert found["settings"]["rounds"] == 1
         assert found["machine"].keys() == {"cpu", "cores", "memory_bytes", "system", "load_average_before"}
         assert {"python", "torch", "onnxruntime", "tgate-trt"} <= found["versions"].keys()
         assert {"command", "date", "commit"} <= found.keys()
-        assert tables.table_of(found).title in done.output
+        assert all(table.title in done.output for table in tables.tables_of(found))
     _check_steps(records["steps"]["results"])
     _check_pictures(records["pictures"]["results"])
-    assert (tmp_path / tables.PAGE).read_text(encoding="utf-8").count("## ") == 2
+    assert (tmp_path / tables.PAGE).read_text(encoding="utf-8").count("## ") == 3
 
 
 def _check_steps(results: dict[str, Any]) -> None:
@@ -193,6 +230,19 @@ def _check_pictures(results: dict[str, Any]) -> None:
         assert sum(part["median"] for part in row["parts"].values()) == pytest.approx(row["seconds"]["median"])
         outside = row["seconds"]["median"] - row["parts"]["engines"]["median"]
         assert row["outside_engines"]["median"] == pytest.approx(outside)
+
+
+def test_scores_are_counted_for_every_setting(built: tuple[Bundle, Path]) -> None:
+    with Studio(open_bundle(str(built[0].folder))) as studio:
+        *_, results = scores.measure(studio, samples=2, steps=2)
+    assert len(results) == len(scores.GATES)
+    assert results["vanilla 25/25"]["label"] == "vanilla"
+    for row in results.values():
+        assert row["overall"]["total"] == 2
+        assert len(row["overall"]["interval"]) == 2
+        assert row["attributes"].keys() == ATTRIBUTES.keys()
+    (table,) = tables.tables_of(RECORD | {"what": "scores", "settings": {"steps": 2}, "results": results})
+    assert table.rows[0][:3] == ("vanilla", "0 of 2", "0.0%")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def bench(
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Option(help="A named architecture: sd15, sd21, sdxl, …")] = "sdxl",
+    model: Annotated[str, typer.Option(help="A named architecture, sd15, sd21 or sdxl, or a diffusers folder.")] = "sdxl",
     precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
     bundle: Annotated[Path | None, typer.Option(help="Folder to build in. [default: bundles/build-MODEL-PRECISION]")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the bundle there.")] = False,
@@ -55,15 +55,18 @@ def build(
 ) -> None:
     """Measure a build with random weights: time by stage, peak memory of its processes, and bytes on disk."""
     with reporting(verbose):
+        from tgate_trt import models
         from tgate_trt.bench import build_cost
         from tgate_trt.bench.record import Recorder
-        from tgate_trt.bench.tables import table_of, write_page
+        from tgate_trt.bench.tables import tables_of, write_page
 
+        name = models.resolve(model, random_weights=True).name
         recorder = Recorder(output, _command())
-        results = build_cost.measure(model, precision, bundle or Path("bundles") / f"build-{model}-{precision}", keep=keep)
-        record = recorder.save("build", {"model": model, "precision": precision, "random_weights": True}, {}, results)
+        results = build_cost.measure(model, precision, bundle or Path("bundles") / f"build-{name}-{precision}", keep=keep)
+        record = recorder.save("build", {"model": name, "precision": precision, "random_weights": True}, {}, results)
         write_page(output)
-        console.print(table_of(record).rich())
+        for table in tables_of(record):
+            console.print(table.rich())
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -23,6 +25,8 @@ from tgate_trt import models
 from tgate_trt.bundle import MANIFEST, Bundle
 from tgate_trt.errors import BuildError, InputError
 from tgate_trt.specs import DTYPES, PRECISIONS
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -74,36 +78,34 @@ class _Child:
     def _read(self, stream: IO[str]) -> None:
         for line in stream:
             self.lines.append(line.rstrip())
-            print(self.lines[-1], flush=True)
+            logger.info("%s", self.lines[-1])
 
 
 def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> dict[str, Any]:
-    """Build a named architecture with random weights in a process of its own, and watch it.
+    """Build an architecture with random weights in a process of its own, and watch it.
 
     Args:
-        model: a name of `tgate_trt.models.ARCHITECTURES`.
+        model: a name of `tgate_trt.models.ARCHITECTURES`, or a diffusers folder.
         precision: of `tgate_trt.specs.PRECISIONS`.
-        folder: of the bundle.
+        folder: of the bundle; must not exist.
         keep: whether the bundle stays.
 
     Returns:
         JSON data: ``seconds``, ``stages`` in seconds by name, ``memory`` and ``disk`` in bytes.
 
     Raises:
-        InputError: if there is no such model or precision.
+        InputError: if there is no such model or precision, or the folder is there already.
         BuildError: if the build fails.
     """
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if folder.exists():
+        raise InputError(f"{folder} is there already; a measured build must be a new one, so move it away or choose another --bundle")
     source = models.resolve(model, random_weights=True)
     arguments = build_arguments(model, precision, folder)
+    command = (sys.executable, "-P", "-c", "from tgate_trt.cli.build import main; main()", *arguments)
     start = time.perf_counter()
-    with subprocess.Popen(
-        (sys.executable, "-P", "-c", "from tgate_trt.cli.build import main; main()", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         child = _Child(process)
         status = child.watch()
     seconds = time.perf_counter() - start
@@ -114,7 +116,12 @@ def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> 
         "arguments": ["tgate-build", *arguments],
         "seconds": seconds,
         "stages": stages_of(child.lines),
-        "memory": {"peak_anonymous": child.memory.anonymous, "peak_total": child.memory.total, "looks": child.memory.looks},
+        "memory": {
+            "peak_anonymous": child.memory.anonymous,
+            "peak_total": child.memory.total,
+            "peak_total_of_one_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+            "looks": child.memory.looks,
+        },
         "disk": disk_of(folder, element * sum(map(math.prod, source.tensor_shapes().values()))),
     }
     if not keep:
@@ -124,7 +131,7 @@ def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> 
 
 def build_arguments(model: str, precision: str, folder: Path) -> list[str]:
     """Arguments of the ``tgate-build`` that is measured."""
-    chosen = ["--model", model, "--random-weights", "--precision", precision, "--backend", "onnxruntime", "--no-verify", "--force"]
+    chosen = ["--model", model, "--random-weights", "--precision", precision, "--backend", "onnxruntime", "--no-verify"]
     return [*chosen, "--output", str(folder)]
 
 

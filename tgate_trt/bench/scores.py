@@ -40,7 +40,7 @@ def measure(studio: Studio, *, samples: int, steps: int) -> Iterator[dict[str, A
         steps: of a picture; gates stand at the same fraction of them as of `OFFICIAL_STEPS`.
 
     Yields:
-        After each setting, the results of all settings so far, by label: what `tgate_trt.demo.evaluate.Score` tells, with
+        After each setting, the results of all settings so far: what `tgate_trt.demo.evaluate.Score` tells, with
         Wilson's 95 % intervals.
     """
     captioned = examples(samples, held_out=True, seed=SEED)
@@ -52,5 +52,6 @@ def measure(studio: Studio, *, samples: int, steps: int) -> Iterator[dict[str, A
             studio.pipeline, captioned, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, seed=SEED, batch_size=BATCH_SIZE
         )
         planning = method.planning_steps(gate, steps)
-        results[method.label(planning)] = {"method": method.name, "planning_steps": planning, **score.to_json()}
+        name = f"{method.name} {gate_step}/{OFFICIAL_STEPS}"
+        results[name] = {"label": method.label(planning), "planning_steps": planning, **score.to_json()}
         yield results

@@ -13,7 +13,7 @@ from tgate_trt.bench import pictures, scores, steps
 from tgate_trt.bench.record import Recorder, describe
 from tgate_trt.bench.studio import SCHEDULER, Studio
 from tgate_trt.bench.subjects import PRESETS, open_bundle, preset_of
-from tgate_trt.bench.tables import Table, table_of, write_page
+from tgate_trt.bench.tables import Table, tables_of, write_page
 from tgate_trt.demo import GUIDANCE_SCALE
 from tgate_trt.errors import InputError
 from tgate_trt.schedule import planning_steps
@@ -57,7 +57,7 @@ class Plan:
 
 
 def run(plan: Plan, recorder: Recorder) -> Iterator[Table]:
-    """Measure, and give the table of each part when it is done.
+    """Measure, and give the tables of each part when it is done.
 
     Raises:
         InputError: if a model cannot be built.
@@ -67,10 +67,10 @@ def run(plan: Plan, recorder: Recorder) -> Iterator[Table]:
         with Studio(open_bundle(model), plan.threads) as studio:
             for part in plan.parts:
                 if part != "scores" or studio.bundle.manifest.model["name"] == scores.MODEL:
-                    yield _measure(part, studio, plan, plan.rounds_of(model), recorder)
+                    yield from _measure(part, studio, plan, plan.rounds_of(model), recorder)
 
 
-def _measure(part: str, studio: Studio, plan: Plan, rounds: int, recorder: Recorder) -> Table:
+def _measure(part: str, studio: Studio, plan: Plan, rounds: int, recorder: Recorder) -> Iterator[Table]:
     """Measure one part, and write what there is after each of its rounds."""
     subject = describe(studio.bundle)
     settings, results, total = _prepare(part, studio, plan, rounds)
@@ -79,7 +79,7 @@ def _measure(part: str, studio: Studio, plan: Plan, rounds: int, recorder: Recor
         record = recorder.save(part, subject, settings | {"rounds_done": number}, result, complete=number == total)
         write_page(recorder.folder)
         logger.info("%s of %s: %d of %d", part, subject["model"], number, total)
-    return table_of(record)
+    yield from tables_of(record)
 
 
 def _prepare(part: str, studio: Studio, plan: Plan, rounds: int) -> tuple[dict[str, Any], Iterator[dict[str, Any]], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ PAGE = "cpu.md"
 
 _PREAMBLE = """# Measured on a CPU
 
-Made by `python -m tgate_trt.bench` from the JSON files beside this page, which hold every sample. Times are medians with the 10th to
-90th percentile over the rounds. In each round all rows of a table are measured one after another, and a ratio is the median of the
-rounds' own ratios, because the speed of a CPU machine drifts, and more so on one that others share.
+Made by `python -m tgate_trt.bench` from the JSON files beside this page, which hold every sample.
 
-MACs count linear and convolution layers, not attention's two products. The **MAC bound** is the ratio that a row would have if
-its time were proportional to them.
+- Times are medians over the rounds, with the 10th to 90th percentile. In each round all rows of a table are measured one after another.
+  **ratio** is to the vanilla row, and is the median of the rounds' own ratios: CPU machines are noisy, those that others share most of all.
+- **bound** is the ratio that a row would have if its time were proportional to its multiply-accumulates (MACs), counted in linear and
+  convolution layers and not in attention's two products.
+- **vanilla** runs the vanilla graph with guidance at every step. **cfg-drop** runs the same graph without guidance from the gate on.
+  **T-GATE** runs the planning graph before the gate and the fidelity graph from the gate on; *g* is the number of steps before it.
 """
 
 
@@ -40,83 +42,86 @@ class Table:
         """This table with its title as a heading."""
         lines = [self.header, ("---", *["---:"] * (len(self.header) - 1)), *self.rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"## {self.title}\n\n{body}\n\n{' '.join(self.notes)}\n"
+        return "\n\n".join(filter(None, (f"## {self.title}", body, " ".join(self.notes)))) + "\n"
 
     def rich(self) -> RichTable:
         """This table for a terminal."""
         table = RichTable(title=self.title, title_justify="left", caption=" ".join(self.notes), caption_justify="left", box=None)
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         return table
 
 
-def table_of(record: Mapping[str, Any]) -> Table:
-    """The table of one record."""
-    title, header, rows = _BUILDERS[record["what"]](record)
-    return Table(f"{title}: {_subject(record)}", header, tuple(rows), tuple(_notes(record)))
+def tables_of(record: Mapping[str, Any]) -> list[Table]:
+    """The tables of one record; the last has the notes."""
+    parts = list(_BUILDERS[record["what"]](record))
+    notes = [()] * (len(parts) - 1) + [tuple(_notes(record))]
+    subject = _subject(record)
+    return [Table(f"{title}: {subject}", header, tuple(rows), note) for (title, header, rows), note in zip(parts, notes, strict=True)]
 
 
 def write_page(folder: Path) -> Path:
     """Write the tables of all records in a folder to one Markdown page there."""
     page = folder / PAGE
-    tables = [table_of(record).markdown() for record in sorted(read_records(folder), key=_order)]
+    tables = [table.markdown() for record in sorted(read_records(folder), key=_order) for table in tables_of(record)]
     replace_file(page, "\n".join([_PREAMBLE, *tables]))
     return page
 
 
-_Rows = tuple[str, tuple[str, ...], Iterable[tuple[str, ...]]]
+_Part = tuple[str, tuple[str, ...], Iterable[tuple[str, ...]]]
+"""Title, header and rows."""
 
 
-def _steps(record: Mapping[str, Any]) -> _Rows:
-    header = ("step", "rows", "time", "ratio to vanilla", "MAC bound", "GMACs")
+def _steps(record: Mapping[str, Any]) -> Iterator[_Part]:
+    header = ("step", "rows", "median", "p10 … p90", "ratio", "bound", "GMACs")
     rows = (
         (
             name,
             str(row["rows"]),
-            _times(row["seconds"]),
-            f"{row['ratio']['median']:.4f}" if row["bound"] is None else f"{row['ratio']['median']:.3f}",
+            *_times(row["seconds"]),
+            f"{row['ratio']['median']:.3f}",
             "–" if row["bound"] is None else f"{row['bound']:.3f}",
             f"{row['macs'] / 1e9:,.3f}" if row["macs"] else "–",
         )
         for name, row in record["results"].items()
     )
-    return "One step", header, rows
+    yield "One step", header, rows
 
 
-def _pictures(record: Mapping[str, Any]) -> _Rows:
-    header = ("method", "time", "ratio to vanilla", "MAC bound", "outside the engines", *PARTS[1:])
+def _pictures(record: Mapping[str, Any]) -> Iterator[_Part]:
+    steps, results = record["settings"]["steps"], record["results"].values()
+    times = (
+        (row["label"], *_times(row["seconds"]), f"{row['ratio']['median']:.3f}", f"{row['bound']:.3f}", *_times(row["outside_engines"])[:1])
+        for row in results
+    )
+    yield f"One picture, {steps} steps", ("method", "median", "p10 … p90", "ratio", "bound", "outside the engines"), times
+    parts = ((row["label"], *(_time(row["parts"][part]["median"]) for part in PARTS)) for row in results)
+    yield f"Where a picture's time goes, {steps} steps", ("method", *PARTS), parts
+
+
+def _scores(record: Mapping[str, Any]) -> Iterator[_Part]:
+    results = record["results"].values()
+    attributes = tuple(next(iter(results))["attributes"])
     rows = (
         (
             row["label"],
-            _times(row["seconds"]),
-            f"{row['ratio']['median']:.3f}",
-            f"{row['bound']:.3f}",
-            _times(row["outside_engines"]),
-            *(_time(row["parts"][part]["median"]) for part in PARTS[1:]),
-        )
-        for row in record["results"].values()
-    )
-    return f"One picture, {record['settings']['steps']} steps", header, rows
-
-
-def _scores(record: Mapping[str, Any]) -> _Rows:
-    attributes = tuple(next(iter(record["results"].values()))["attributes"])
-    header = ("method", "fully correct", "95 % interval", *attributes)
-    rows = (
-        (
-            name,
-            f"{row['overall']['correct']} of {row['overall']['total']} ({row['overall']['fraction']:.1%})",
+            "{correct} of {total}".format(**row["overall"]),
+            f"{row['overall']['fraction']:.1%}",
             "{:.1%} … {:.1%}".format(*row["overall"]["interval"]),
-            *(f"{row['attributes'][attribute]['fraction']:.1%}" for attribute in attributes),
+            *(f"{row['attributes'][attribute]['fraction']:.0%}" for attribute in attributes),
         )
-        for name, row in record["results"].items()
+        for row in results
     )
-    return f"Correct pictures, {record['settings']['steps']} steps", header, rows
+    yield (
+        f"Pictures with every attribute right, {record['settings']['steps']} steps",
+        ("method", "right", "share", "95 %", *attributes),
+        rows,
+    )
 
 
-def _build(record: Mapping[str, Any]) -> _Rows:
+def _build(record: Mapping[str, Any]) -> Iterator[_Part]:
     results = record["results"]
     memory, disk = results["memory"], results["disk"]
     rows = [(stage, f"{seconds:,.1f} s") for stage, seconds in results["stages"].items()]
@@ -128,10 +133,10 @@ def _build(record: Mapping[str, Any]) -> _Rows:
         ("weights of the whole pipeline", f"{disk['pipeline_weights'] / 1e9:,.2f} GB"),
         ("bundle on disk", _against(disk["bundle"], disk["pipeline_weights"], "the pipeline's weights")),
     ]
-    return "A build", ("stage", "taken"), rows
+    yield "A build", ("stage", "taken"), rows
 
 
-_BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], _Rows]] = {
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[_Part]]] = {
     "steps": _steps,
     "pictures": _pictures,
     "scores": _scores,
@@ -164,8 +169,9 @@ def _notes(record: Mapping[str, Any]) -> Sequence[str]:
     return [*notes, f"`{record['command']}`"]
 
 
-def _times(seconds: Mapping[str, Any]) -> str:
-    return f"{_time(seconds['median'])} ({_time(seconds['p10'])} … {_time(seconds['p90'])})"
+def _times(seconds: Mapping[str, Any]) -> tuple[str, str]:
+    """The median and the span between the 10th and the 90th percentile."""
+    return _time(seconds["median"]), f"{_time(seconds['p10'])} … {_time(seconds['p90'])}"
 
 
 def _time(seconds: float) -> str:
