@@ -74,7 +74,7 @@ def generate(bundle: str | os.PathLike[str], settings: Settings, *, backend: str
     from tgate_trt.pipeline import load
 
     opened = Bundle.open(bundle)
-    steps = settings.steps or opened.manifest.steps
+    steps = opened.manifest.steps if settings.steps is None else settings.steps
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
     gate_steps = [check_gate_step(parse_gate_step(text)) for text in settings.gate_steps] or [opened.manifest.gate_step or "none"]
