@@ -141,8 +141,14 @@ class GatedDenoiser(nn.Module):
 
         return Transformer2DModelOutput(sample=prediction)
 
-    def reset(self) -> None:
-        """Forget the run and free its buffers."""
+    def serves(self, pipeline: Any) -> bool:
+        """Whether this is the pipeline whose scheduler and guidance the denoiser reads."""
+        return self._pipeline() is pipeline
+
+    def close(self) -> None:
+        """Free the engines, the run and its buffers."""
+        self.planning.close()
+        self.fidelity.close()
         self._run = None
         self._memory.clear()
 

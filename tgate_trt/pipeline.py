@@ -20,9 +20,6 @@ from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, ROWS, Bounds
 BACKENDS = ("onnxruntime",)
 """Backends of this version, in the order in which `load` tries them."""
 
-_COMPARED_PARAMETERS = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
-"""Small parameters by which `apply` tells whether a pipeline has the weights that a bundle was built from."""
-
 
 def load(
     bundle: str | os.PathLike[str] | Bundle,
@@ -94,14 +91,14 @@ def apply(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     attribute = opened.manifest.model["attribute"]
-    denoiser = getattr(pipeline, attribute, None)
-    if isinstance(denoiser, GatedDenoiser):
-        remove(pipeline)
-        denoiser = getattr(pipeline, attribute)
+    before = getattr(pipeline, attribute, None)
+    denoiser = before.replaces if isinstance(before, GatedDenoiser) else before
     if not isinstance(denoiser, nn.Module):
         raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
     _refuse_another_model(denoiser, opened)
     _put(pipeline, opened, _Engines.load(opened, backend, device, threads), denoiser, gate_step, guidance)
+    if isinstance(before, GatedDenoiser) and before.serves(pipeline):  # not one that `from_pipe` shares with another pipeline
+        before.close()
     return pipeline
 
 
@@ -118,9 +115,8 @@ def remove(pipeline: Any) -> Any:
                 raise InputError(
                     "this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers"
                 )
-            gated.planning.close()
-            gated.fidelity.close()
-            gated.reset()
+            if gated.serves(pipeline):
+                gated.close()
             setattr(pipeline, attribute, gated.replaces)
             return pipeline
     raise InputError(f"{type(pipeline).__name__} has no engines of tgate-trt to remove")
@@ -201,7 +197,10 @@ def _pipeline_dtype(bundle: Bundle, device: torch.device) -> torch.dtype:
 
 
 def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
-    """Refuse a pipeline whose denoiser has another architecture or other weights than the bundle was built from."""
+    """Refuse a pipeline whose denoiser has another architecture or other weights than the bundle was built from.
+
+    The first row of each parameter is compared: another checkpoint or a fused LoRA changes all of them.
+    """
     from safetensors import safe_open
 
     from tgate_trt.export.weights import WEIGHTS_FILE
@@ -210,8 +209,9 @@ def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
         raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
     with safe_open(bundle.folder / WEIGHTS_FILE, "pt") as weights:
-        for name in _COMPARED_PARAMETERS:
-            if name in own and not torch.equal(own[name].to("cpu", weights.get_tensor(name).dtype), weights.get_tensor(name)):
-                raise InputError(
-                    f"the pipeline has other weights than {bundle.folder} was built from ({name!r} differs); build a bundle of it"
-                )
+        for name, tensor in own.items():
+            if tensor.is_meta:
+                return  # `load` made it: it has no weights of its own
+            first_row = weights.get_slice(name)[:1]
+            if not torch.equal(tensor[:1].to(first_row.device, first_row.dtype), first_row):
+                raise InputError(f"the pipeline has other weights than {bundle.folder} was built from: {name!r} differs; build it anew")

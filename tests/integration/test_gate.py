@@ -504,9 +504,27 @@ def test_apply_again_takes_the_place_of_the_first(own_sd: Any, sd_bundle: Bundle
     assert_equal(gated, reference(own_sd, Run(), 3))
 
 
-def test_apply_refuses_other_weights(own_sd: Any, sd_bundle: Bundle) -> None:
+def test_a_pipeline_made_from_another_gets_a_gate_of_its_own(own_sd: Any, sd_bundle: Bundle) -> None:
+    """`from_pipe` shares the gated denoiser; applying to the new pipeline must leave the first one's engines alone."""
+    from diffusers import StableDiffusionPipeline
+
+    loaded = tgate_trt.load(sd_bundle, gate_step=2, threads=1)
+    tgate_trt.apply(own_sd, sd_bundle, gate_step=2, threads=1)
+    for first in (loaded, own_sd):
+        first.set_progress_bar_config(disable=True)
+        before = draw(first)
+        second = StableDiffusionPipeline.from_pipe(first)
+        second.set_progress_bar_config(disable=True)
+        tgate_trt.apply(second, sd_bundle, gate_step=2, threads=1)
+        assert second.unet is not first.unet
+        assert is_same(draw(second), before)
+        assert is_same(draw(first), before)
+
+
+@pytest.mark.parametrize("name", ["conv_in.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"])
+def test_apply_refuses_other_weights(name: str, own_sd: Any, sd_bundle: Bundle) -> None:
     with torch.no_grad():
-        own_sd.unet.conv_in.weight += 1
+        own_sd.unet.get_parameter(name).add_(1)
     own = own_sd.unet
     with pytest.raises(InputError, match="other weights"):
         tgate_trt.apply(own_sd, sd_bundle)
