@@ -5,16 +5,22 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from tgate_trt.cli.common import application, console, reporting
+
+if TYPE_CHECKING:
+    from tgate_trt.bench.tables import Table
 
 app = application()
 
 _Output = Annotated[Path, typer.Option(help="Folder of the results: a JSON file for each part and model, and cpu.md with all of them.")]
 _RESULTS = Path("docs/results")
+_WIDTH = 120
+"""Characters of the widest table."""
 
 
 @app.callback(invoke_without_command=True)
@@ -41,7 +47,7 @@ def bench(
 
         plan = Plan(_names(model), _names(only), rounds, steps, samples, threads)
         for table in run(plan, Recorder(output, _command())):
-            console.print(table.rich())
+            _show(table)
 
 
 @app.command()
@@ -66,7 +72,12 @@ def build(
         record = recorder.save("build", {"model": name, "precision": precision, "random_weights": True}, {}, results)
         write_page(output)
         for table in tables_of(record):
-            console.print(table.rich())
+            _show(table)
+
+
+def _show(table: Table) -> None:
+    """Print a table whole: where lines are shorter, they wrap and nothing is cut off."""
+    Console(highlight=False, width=max(console.width, _WIDTH)).print(table.rich())
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ Made by `python -m tgate_trt.bench` from the JSON files beside this page, which 
   convolution layers and not in attention's two products.
 - **vanilla** runs the vanilla graph with guidance at every step. **cfg-drop** runs the same graph without guidance from the gate on.
   **T-GATE** runs the planning graph before the gate and the fidelity graph from the gate on; *g* is the number of steps before it.
+- **right** counts pictures of held-out captions whose every attribute a program reads back as its caption says. All rows draw the same
+  captions from the same noise; the interval is Wilson's, at 95 %.
 """
 
 
