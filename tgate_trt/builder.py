@@ -135,7 +135,8 @@ def stale_reasons(manifest: Manifest, content: str | None, request: Request | No
                 reasons.append(f"{name.replace('_', ' ')} was {manifest.built_for[name]} and is {value}")
         reasons += [f"the {graph} graph is new" for graph in request.graphs if graph not in manifest.graphs]
         reasons += [f"the {backend} backend is new" for backend in request.backends if backend not in manifest.engines]
-        if request.verify and set(request.graphs) - set(manifest.verification):
+        held = set(request.graphs) & set(manifest.graphs)
+        if request.verify and held - set(manifest.verification):
             reasons.append("it was not verified")
     return reasons
 
