@@ -215,9 +215,7 @@ def _build_into(folder: Path, source: models.ModelSource, request: Request, fing
     _timed("text encoders and VAE", lambda: source.save_rest(folder / "pipeline", dtype))
     trace = _timed("trace", lambda: _trace(source, request, dtype))
     _save(trace, folder, TRACE)
-    specs = {
-        name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in request.graphs
-    }
+    specs = {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in request.graphs}
     verification = _verify_all(folder, source, request, specs) if request.verify else {}
     manifest = Manifest(
         model={

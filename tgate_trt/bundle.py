@@ -192,14 +192,21 @@ def write_stamps(folder: Path, stamps: Mapping[str, list[int]]) -> None:
         replace_file(folder / STAMPS, json.dumps(stamps))
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old one or the new one and nothing between."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of ``path`` if the block ends well: readers see the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle import Bundle, replacing
 from tgate_trt.errors import InputError
 from tgate_trt.schedule import GateStep, check_gate_step, parse_gate_step, planning_steps
 
@@ -195,12 +195,8 @@ def _column(pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mappin
 
 def _save(picture: Image, path: Path) -> None:
     """Write a picture, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         picture.save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _slug(text: str) -> str:
