@@ -36,7 +36,6 @@ STAMPS = ".stamps.json"
 TRACE = "trace.onnx"
 PIPELINE = "pipeline"
 
-_BLOCK = 1 << 22
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -167,11 +166,8 @@ def stamp(path: Path) -> list[int]:
 
 def sha256(path: Path) -> str:
     """Hash of a file, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
