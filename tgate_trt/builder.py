@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tgate_trt import models
+from tgate_trt.backends import BACKENDS
 from tgate_trt.bundle import TRACE, Bundle, Manifest, building, describe_files, write_manifest
 from tgate_trt.errors import BundleError, InputError, UnsupportedError
-from tgate_trt.pipeline import BACKENDS
 from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
@@ -76,7 +76,7 @@ def build(
     Args:
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
-        backend: one of `tgate_trt.pipeline.BACKENDS`, or several.
+        backend: one of `tgate_trt.backends.BACKENDS`, or several.
         precision: ``"fp32"`` or ``"fp16"``; fp32 if None.
         height: of the picture in pixels; the model's own if None.
         width: of the picture in pixels; the model's own if None.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tgate_trt import models
+from tgate_trt.backends import BACKENDS
 from tgate_trt.builder import stale_reasons
 from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
-from tgate_trt.pipeline import BACKENDS
 
 
 @dataclass(frozen=True)

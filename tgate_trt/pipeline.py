@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tgate_trt.backends import choose_backend, load_engine
 from tgate_trt.bundle import Bundle
 from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.engines.base import Engine
-from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.errors import InputError
 from tgate_trt.schedule import DEFAULT_GATE_STEP, GateStep, check_gate_step
-from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, ROWS, Bounds
-
-BACKENDS = ("onnxruntime",)
-"""Backends of this version, in the order in which `load` tries them."""
+from tgate_trt.specs import DTYPES
 
 
 def load(
@@ -133,20 +131,6 @@ def architecture_of(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
     return nn.Module.to(denoiser.eval(), dtype).requires_grad_(False)
 
 
-def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
-    """Load one engine of a bundle.
-
-    Raises:
-        BundleError: if the bundle holds no such engine.
-    """
-    from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
-
-    spec = bundle.graph(graph)
-    # ONNX Runtime needs no profile: it takes every batch for which the trace holds.
-    spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
-    return OnnxRuntimeEngine(bundle.folder / bundle.manifest.engines[backend][graph], spec, device=device, threads=threads)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Engines:
     """The two engines of a gated run."""
@@ -166,21 +150,6 @@ class _Engines:
             load_engine(bundle, graph, backend=chosen, device=place, threads=threads) for graph in ("planning", "fidelity")
         )
         return cls(planning, fidelity)
-
-
-def choose_backend(bundle: Bundle, backend: str | None) -> str:
-    """The backend that was asked for, or the first of `BACKENDS` that the bundle holds.
-
-    Raises:
-        InputError: if there is no such backend.
-        StaleBundleError: if the bundle holds no engine of it.
-    """
-    if backend is not None and backend not in BACKENDS:
-        raise InputError(f"there is no backend {backend!r}; this version has {', '.join(BACKENDS)}")
-    held = [name for name in BACKENDS if name in bundle.manifest.engines and backend in (None, name)]
-    if not held:
-        raise StaleBundleError(f"{bundle.folder} holds no engine of {backend or 'a backend of this version'}; build it with tgate-build")
-    return held[0]
 
 
 def _put(pipeline: Any, bundle: Bundle, engines: _Engines, replaces: nn.Module, gate_step: GateStep | None, guidance: bool | None) -> None:

@@ -13,13 +13,14 @@ from typing import Any, Self
 
 import torch
 
+from tgate_trt.backends import choose_backend, load_engine
 from tgate_trt.bench.macs import macs_of_picture, macs_of_step
 from tgate_trt.bundle import Bundle
 from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.engines.base import Engine
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.generate import scheduler_of
-from tgate_trt.pipeline import architecture_of, choose_backend, load_engine
+from tgate_trt.pipeline import architecture_of
 from tgate_trt.schedule import NONE, planning_steps
 from tgate_trt.specs import GraphSpec
 
