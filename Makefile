@@ -38,16 +38,33 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest
 
-check: $(READY) .typing/tgate_trt
+# The engines are checked twice: against TensorRT's API and against TensorRT-RTX's, each in the place of the module `tensorrt`.
+check: $(READY) .typing/tgate_trt .typing/full .typing/rtx
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.typing $(BIN)/mypy --strict -p tgate_trt
+	MYPYPATH=.typing:.typing/full $(BIN)/mypy --strict -p tgate_trt
+	MYPYPATH=.typing:.typing/rtx $(BIN)/mypy --strict -p tgate_trt.engines --cache-dir .mypy_cache/rtx
 
 # mypy does not read setuptools' package-dir: it sees the four folders as one package through links.
 .typing/tgate_trt: Makefile
-	rm -rf .typing && mkdir -p .typing/tgate_trt
-	for path in tgate_trt/*; do ln -s "../../$$path" .typing/tgate_trt/; done
-	for room in export engines kernels; do ln -s "../../$$room" .typing/tgate_trt/$$room; done
+	rm -rf $@ && mkdir -p $@
+	for path in tgate_trt/*; do ln -s "../../$$path" $@/; done
+	for room in export engines kernels; do ln -s "../../$$room" $@/$$room; done
+
+# A keyword as a name, and a parameter without a default after one with.
+MEND_STUBS := 's/\bin: /in_: /; s/(channel_axis: [a-zA-Z_.]+)(\) -> IScaleLayer)/\1 = ...\2/'
+
+# Without its dependencies, for TensorRT itself is not on PyPI.
+.typing/full: Makefile
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ tensorrt-stubs==10.13.0.35.1
+	sed -i -E $(MEND_STUBS) $@/tensorrt_bindings/tensorrt.pyi
+
+# TensorRT-RTX comes without stubs: they are read from its module.
+.typing/rtx: Makefile $(READY)
+	rm -rf $@ && mkdir -p $@/tensorrt
+	$(BIN)/stubgen --quiet --inspect-mode -p tensorrt_rtx_bindings -o $@
+	sed -i -E $(MEND_STUBS) $@/tensorrt_rtx_bindings/tensorrt_rtx.pyi
+	printf 'from tensorrt_rtx_bindings.tensorrt_rtx import *\n__version__: str\n' > $@/tensorrt/__init__.pyi
 
 bench: $(READY)
 	$(BIN)/python -m tgate_trt.bench
