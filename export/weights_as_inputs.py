@@ -1,0 +1,36 @@
+"""A graph whose weights are inputs: an engine of it holds none, and serves every checkpoint of the architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from tgate_trt.specs import TensorSpec
+
+
+def write_with_weights_as_inputs(graph: Path, output: Path, *, convolutions: bool = True) -> dict[str, TensorSpec]:
+    """Write a copy of a graph whose parameters are inputs under their own names.
+
+    Args:
+        graph: ONNX file whose parameters are external data.
+        output: file to write, in the same folder, where what stays external is still found.
+        convolutions: whether the parameters of convolutions become inputs too. Left in, they stay constants, for which
+            an engine may choose and pack kernels when it is built.
+
+    Returns:
+        The parameters that are now inputs, by name, in the order in which the graph takes them.
+    """
+    model = ir.load(graph)
+    kept = set() if convolutions else {value for node in model.graph if node.op_type == "Conv" for value in node.inputs}
+    parameters = {}
+    for name, value in list(model.graph.initializers.items()):
+        if not isinstance(value.const_value, ir.ExternalTensor) or value in kept:
+            continue
+        assert value.shape is not None and value.dtype is not None
+        model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
+        parameters[name] = TensorSpec(name, str(value.dtype.numpy()), tuple(int(size) for size in value.shape.numpy()))
+    ir.save(model, output)
+    return parameters
