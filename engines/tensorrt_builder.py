@@ -77,11 +77,6 @@ class PlanOptions:
             raise UnsupportedError(
                 f"{flavour.backend} builds on a machine with an NVIDIA GPU, and there is none here; tensorrt-rtx builds without"
             )
-        if not self.capabilities:
-            raise InputError(
-                "there is no NVIDIA GPU here, so say for which to build: "
-                f"--compute-capability {'|'.join(flavour.capabilities)}, as often as you like"
-            )
         if self.refittable or self.stripped:
             raise UnsupportedError(
                 f"{flavour.backend} builds refittable and stripped plans only where there is a GPU; "

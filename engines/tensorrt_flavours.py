@@ -9,9 +9,9 @@ the whole runtime half of TensorRT-RTX, which needs a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -60,6 +60,8 @@ class Flavour:
     """What to install."""
     capabilities: tuple[str, ...]
     """GPUs for which plans can be built on another machine. TensorRT builds only for the GPU that it measures on."""
+    capabilities_by_default: tuple[str, ...]
+    """Those for which to build where neither a GPU is at hand nor one named: on Turing (SM75) TensorRT-RTX refuses fp32 GEMMs."""
     has_timing_cache: bool
     """TensorRT times kernels while it builds. TensorRT-RTX times none: it ends the work when it loads a plan."""
     has_runtime_cache: bool
@@ -165,6 +167,7 @@ RTX = Flavour(
     modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
     requirement="tensorrt-rtx",
     capabilities=("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
+    capabilities_by_default=("SM80", "SM86", "SM89", "SM120", "SM121"),
     has_timing_cache=False,
     has_runtime_cache=True,
     takes_plugins=False,
@@ -174,6 +177,7 @@ TENSORRT = Flavour(
     modules=("tensorrt",),
     requirement="tensorrt-cu13",
     capabilities=(),
+    capabilities_by_default=(),
     has_timing_cache=True,
     has_runtime_cache=False,
     takes_plugins=True,
@@ -182,14 +186,23 @@ FLAVOURS = {flavour.backend: flavour for flavour in (TENSORRT, RTX)}
 
 
 def gpu_is_present() -> bool:
-    """Whether the NVIDIA driver has a device here; asked of the driver, so that torch need not be loaded."""
-    import ctypes
+    """Whether the NVIDIA driver has a device here."""
+    return compute_capability() is not None
 
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
+
+def compute_capability() -> str | None:
+    """The first GPU's compute capability, such as ``"SM89"``; None without one. Asked of the driver, so that torch need not be loaded."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return None
+    device, numbers = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return None
+    for number, attribute in zip(numbers, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+    return "SM" + "".join(str(number.value) for number in numbers)
+
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+"""``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` and ``…_MINOR`` of cuda.h."""

@@ -6,17 +6,19 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tgate_trt import models
-from tgate_trt.backends import BACKENDS
-from tgate_trt.bundle import TRACE, Bundle, Manifest, building, describe_files, write_manifest
-from tgate_trt.errors import BundleError, InputError, UnsupportedError
-from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds, GraphSpec
+from tgate_trt import engine_sets, models
+from tgate_trt.build_request import Request, backends_for, request_for
+from tgate_trt.bundle import TRACE, Bundle, EngineSet, Manifest, building, copy_into, describe_files, write_manifest
+from tgate_trt.engine_sets import EngineRequest, requests_of
+from tgate_trt.engines.tensorrt_builder import PlanOptions
+from tgate_trt.errors import BundleError
+from tgate_trt.specs import Bounds, GraphSpec
+from tgate_trt.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.taps import recipe
 
 if TYPE_CHECKING:
@@ -25,36 +27,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
-
-_TOOLCHAIN = ("tgate-trt", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-"""Packages whose versions decide what a build gives."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a bundle is to be built for; each field is a reason to build again when it changes."""
-
-    precision: str
-    height: int
-    """Pixels."""
-    width: int
-    """Pixels."""
-    batch_size: Bounds
-    """Images."""
-    graphs: tuple[str, ...]
-    backends: tuple[str, ...]
-    verify: bool
-
-    def rows(self, graph: str) -> Bounds:
-        """Rows of a graph: the fidelity graph runs without guidance, the others with or without."""
-        images = self.batch_size
-        if recipe(graph).takes_in:
-            return images
-        return Bounds(images.minimum, 2 * images.optimum, 2 * images.maximum)
-
-    def to_json(self) -> dict[str, Any]:
-        """The part that the manifest keeps as ``built_for``."""
-        return {"precision": self.precision, "height": self.height, "width": self.width, "batch_size": str(self.batch_size)}
 
 
 def build(
@@ -67,6 +39,9 @@ def build(
     width: int | None = None,
     batch_size: str = "1:1:1",
     graphs: Sequence[str] = ("planning", "fidelity"),
+    compute_capability: Sequence[str] = (),
+    weights: str = "baked",
+    plan_options: PlanOptions | None = None,
     random_weights: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -77,11 +52,16 @@ def build(
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
         backend: one of `tgate_trt.backends.BACKENDS`, or several.
-        precision: ``"fp32"`` or ``"fp16"``; fp32 if None.
+        precision: ``"fp32"`` or ``"fp16"``; fp32 if None and ONNX Runtime is among the backends, else fp16.
         height: of the picture in pixels; the model's own if None.
         width: of the picture in pixels; the model's own if None.
         batch_size: images a run, ``"MIN:OPT:MAX"``.
         graphs: names of graphs, of `tgate_trt.taps.GRAPHS`.
+        compute_capability: GPUs to build TensorRT-RTX plans for, such as ``["SM89"]``; the one of this machine if empty,
+            and where there is none, every one from Ampere on.
+        weights: where those of TensorRT engines are: ``"baked"`` into the plan; ``"shared"``, one copy for all engines;
+            or ``"shared-linear"``, shared but for those of convolutions.
+        plan_options: further options of TensorRT plans.
         random_weights: whether to fill a named architecture with seeded random weights.
         verify: whether to compare each graph with eager PyTorch.
         force: whether to build even if nothing changed.
@@ -94,51 +74,36 @@ def build(
         BuildError: if the trace, a cut or an engine fails, or a graph differs from the eager model.
     """
     source = models.resolve(model, random_weights=random_weights)
-    request = _request(source, backend, precision, height, width, batch_size, graphs, verify)
+    options = dataclasses.replace(plan_options or PlanOptions(), capabilities=tuple(compute_capability))
+    engines = EngineRequest(backends_for(backend), weights, options)
+    request = request_for(
+        source, precision=precision, height=height, width=width, batch_size=batch_size, graphs=graphs, engines=engines, verify=verify
+    )
     target = Path(output) if output is not None else default_output(source, request)
     existing = None if force else _open_existing(target)
     fingerprint = source.fingerprint(existing.manifest.model["source"] if existing else None)
     if existing:
         reasons = stale_reasons(existing.manifest, fingerprint["content"], request)
-        if not reasons:
+        missing = [] if reasons else missing_parts(existing.manifest, request)
+        if not reasons and not missing:
             logger.info("%s is up to date: model, sizes, precision, graphs and package versions are those it was built with", target)
             return existing
-        logger.info("building again: %s", "; ".join(reasons))
+        logger.info("%s: %s", "building again" if reasons else "adding to the bundle", "; ".join(reasons or missing))
+        if reasons:
+            existing = None
     with building(target) as folder:
-        _build_into(folder, source, request, fingerprint)
+        if existing:
+            copy_into(existing, folder)
+            manifest = existing.manifest
+        else:
+            manifest = _begin(folder, source, request, fingerprint)
+        _complete(folder, target, source, request, manifest)
     return Bundle.open(target)
 
 
 def default_output(source: models.ModelSource, request: Request) -> Path:
     """Where a bundle goes without ``--output``."""
     return Path("bundles") / f"{source.name}-{request.width}x{request.height}-{request.precision}"
-
-
-def stale_reasons(manifest: Manifest, content: str | None, request: Request | None = None) -> list[str]:
-    """Why a bundle must be built again; empty if it need not be.
-
-    Args:
-        manifest: of the bundle.
-        content: hash of the model as it is now, or None if it cannot be known.
-        request: what is asked for now, or None to ask for the same.
-    """
-    reasons = []
-    if content is not None and content != manifest.model["content"]:
-        reasons.append("the model's files changed")
-    for package, version in _versions().items():
-        before = manifest.built_with.get(package)
-        if before != version:
-            reasons.append(f"{package} was {before} and is {version}")
-    if request is not None:
-        for name, value in request.to_json().items():
-            if manifest.built_for[name] != value:
-                reasons.append(f"{name.replace('_', ' ')} was {manifest.built_for[name]} and is {value}")
-        reasons += [f"the {graph} graph is new" for graph in request.graphs if graph not in manifest.graphs]
-        reasons += [f"the {backend} backend is new" for backend in request.backends if backend not in manifest.engines]
-        held = set(request.graphs) & set(manifest.graphs)
-        if request.verify and held - set(manifest.verification):
-            reasons.append("it was not verified")
-    return reasons
 
 
 def add_graph(bundle: Bundle, name: str) -> Bundle:
@@ -150,47 +115,13 @@ def add_graph(bundle: Bundle, name: str) -> Bundle:
     """
     if name in bundle.manifest.graphs:
         return bundle
-    import onnx_ir as ir
-
     manifest = bundle.manifest
-    request = Request(**{**manifest.built_for, "batch_size": manifest.batch_size}, graphs=(name,), backends=(), verify=False)
-    spec = _write_graph(bundle.folder, ir.load(bundle.folder / TRACE), name, request.rows(name))
-    engines = {backend: {**files, name: _graph_file(name)} for backend, files in manifest.engines.items()}
-    extended = dataclasses.replace(manifest, graphs={**manifest.graphs, name: spec}, engines=engines, files=describe_files(bundle.folder))
-    write_manifest(bundle.folder, extended)
+    built_for = {**manifest.built_for, "batch_size": manifest.batch_size}
+    request = Request(**built_for, graphs=(name,), engines=EngineRequest(()), verify=False)
+    with building(bundle.folder) as folder:
+        copy_into(bundle, folder)
+        _complete(folder, bundle.folder, None, request, manifest)
     return Bundle.open(bundle.folder)
-
-
-def _request(
-    source: models.ModelSource,
-    backend: str | Sequence[str] | None,
-    precision: str | None,
-    height: int | None,
-    width: int | None,
-    batch_size: str,
-    graphs: Sequence[str],
-    verify: bool,
-) -> Request:
-    """Check what was asked for, and fill in what was not."""
-    if source.denoiser_attribute != "unet":
-        raise UnsupportedError(f"{source.name} is a transformer; this version builds UNets")
-    backends = tuple(backend.split(",") if isinstance(backend, str) else backend or BACKENDS[:1])
-    for name in backends:
-        if name not in BACKENDS:
-            raise UnsupportedError(f"this version does not build for {name!r}; it builds for {', '.join(BACKENDS)}")
-    precision = precision or "fp32"
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision == "bf16":
-        raise UnsupportedError("ONNX Runtime has no bf16 kernels on the CPU; use --precision fp32 or fp16")
-    images = Bounds.parse(batch_size)
-    if 2 * images.maximum > MAXIMUM_ROWS:
-        raise InputError(f"a run may have at most {MAXIMUM_ROWS // 2} images, got batch size {images}")
-    for graph in graphs:
-        recipe(graph)
-    height, width = height or source.height, width or source.width
-    source.signature(height, width, precision)
-    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), backends, verify)
 
 
 def _open_existing(target: Path) -> Bundle | None:
@@ -202,8 +133,8 @@ def _open_existing(target: Path) -> Bundle | None:
         return None
 
 
-def _build_into(folder: Path, source: models.ModelSource, request: Request, fingerprint: dict[str, Any]) -> None:
-    """Write a whole bundle into an empty folder."""
+def _begin(folder: Path, source: models.ModelSource, request: Request, fingerprint: dict[str, Any]) -> Manifest:
+    """Write weights, the rest of the pipeline and the trace into an empty folder; no graph is cut yet."""
     import torch
 
     from tgate_trt.export import weights
@@ -215,9 +146,7 @@ def _build_into(folder: Path, source: models.ModelSource, request: Request, fing
     _timed("text encoders and VAE", lambda: source.save_rest(folder / "pipeline", dtype))
     trace = _timed("trace", lambda: _trace(source, request, dtype))
     _save(trace, folder, TRACE)
-    specs = {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in request.graphs}
-    verification = _verify_all(folder, source, request, specs) if request.verify else {}
-    manifest = Manifest(
+    return Manifest(
         model={
             "name": source.name,
             "reference": source.reference,
@@ -227,16 +156,58 @@ def _build_into(folder: Path, source: models.ModelSource, request: Request, fing
             "source": fingerprint,
         },
         built_for=request.to_json(),
-        built_with=_versions(),
-        graphs=specs,
-        engines={backend: {name: _graph_file(name) for name in specs} for backend in request.backends},
-        verification=verification,
+        built_with=toolchain(),
+        graphs={},
+        engines={},
+        verification={},
         gate_step=source.gate_step,
         steps=source.steps,
         guidance_scale=source.guidance_scale,
-        files=_timed("hashes", lambda: describe_files(folder)),
     )
-    write_manifest(folder, manifest)
+
+
+def _complete(folder: Path, target: Path, source: models.ModelSource | None, request: Request, manifest: Manifest) -> None:
+    """Add to a folder what a request asks for and its manifest does not hold: graphs, engines, verification.
+
+    Args:
+        folder: with the trace and all that the manifest names.
+        target: the bundle that the folder will become.
+        source: of the model; None where nothing is to be verified.
+        request: what is asked for.
+        manifest: of what is there already.
+    """
+    specs = dict(manifest.graphs)
+    new = [name for name in request.graphs if name not in specs]
+    if new:
+        import onnx_ir as ir
+
+        trace = ir.load(folder / TRACE)
+        specs |= {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in new}
+    verification = dict(manifest.verification)
+    if request.verify and source is not None:
+        verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
+    engines = _engines(folder, target, request, specs, manifest.engines)
+    known = {name: entry for name, entry in manifest.files.items() if (folder / name).samefile(target / name)}
+    files = _timed("hashes", lambda: describe_files(folder, known))
+    write_manifest(folder, dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files))
+
+
+def _engines(
+    folder: Path, target: Path, request: Request, specs: dict[str, GraphSpec], held: Mapping[str, EngineSet]
+) -> dict[str, EngineSet]:
+    """The engines of every graph, for the backends that are asked for and those that are there."""
+    wanted = requests_of(held) | dict.fromkeys(request.engines.backends, request.engines)
+    engines = {}
+    for backend, wish in wanted.items():
+        before = held.get(backend)
+        if before is not None and engine_sets.stale_reasons(backend, before, wish):
+            before = None
+        missing = {name: spec for name, spec in specs.items() if before is None or name not in before.files}
+        built = engine_sets.build_engines(folder, target, backend, missing, wish)
+        if before is not None:
+            built = dataclasses.replace(built, files={**before.files, **built.files}, keys={**before.keys, **built.keys})
+        engines[backend] = built
+    return engines
 
 
 def _trace(source: models.ModelSource, request: Request, dtype: Any) -> ir.Model:
@@ -288,10 +259,6 @@ def _verify_all(folder: Path, source: models.ModelSource, request: Request, spec
             report["tolerance"],
         )
     return reports
-
-
-def _versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in _TOOLCHAIN}
 
 
 def _timed(what: str, work: Callable[[], _T]) -> _T:

@@ -3,6 +3,7 @@
     manifest.json         what the bundle is; written last
     trace.onnx            the tapped trace, from which further graphs are cut
     planning.onnx …       graphs, by name
+    planning.<backend>.plan … engines that are files of their own
     weights.safetensors   the denoiser's weights, once for all graphs
     pipeline/             the rest of the diffusers pipeline: tokenizers, text encoders, VAE, scheduler
     .stamps.json          size, time and inode of each file when its hash was last found right on this machine
@@ -28,7 +29,7 @@ from tgate_trt.errors import BundleError, InputError
 from tgate_trt.schedule import GateStep
 from tgate_trt.specs import Bounds, GraphSpec
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the manifest's form; a bundle of another one is built again."""
 
 MANIFEST = "manifest.json"
@@ -40,18 +41,32 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True)
+class EngineSet:
+    """The engines of one backend."""
+
+    files: Mapping[str, str]
+    """File of each graph's engine."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What they were built for: options of the backend, ``weights`` among them."""
+    built_with: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the packages that made them, beside those that made the graphs."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """By graph, a hash of everything that decides what an engine is: engines of one key stand for each other."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle is, what it was built from, with and for."""
 
     model: Mapping[str, Any]
     """``name``, ``content`` (hash of what it was built from), ``source`` (its files), ``random_seed``, ``attribute``."""
     built_for: Mapping[str, Any]
-    """``precision``, ``height``, ``width``, ``batch_size``: what was asked for."""
+    """What was asked for: ``precision``, ``height``, ``width``, ``batch_size`` …"""
     built_with: Mapping[str, str]
     """Versions of the packages that made the graphs."""
     graphs: Mapping[str, GraphSpec]
-    engines: Mapping[str, Mapping[str, str]]
-    """File of each graph's engine, by backend and graph."""
+    engines: Mapping[str, EngineSet]
+    """By backend."""
     verification: Mapping[str, Any]
     """What was compared with eager PyTorch, by graph; empty where the build was told not to."""
     gate_step: GateStep | None
@@ -71,7 +86,9 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """This manifest as plain JSON data."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {"schema": SCHEMA, **data, "graphs": {name: spec.to_json() for name, spec in self.graphs.items()}}
+        data["graphs"] = {name: spec.to_json() for name, spec in self.graphs.items()}
+        data["engines"] = {backend: dict(vars(engines)) for backend, engines in self.engines.items()}
+        return {"schema": SCHEMA, **data}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
@@ -90,6 +107,7 @@ class Manifest:
             raise BundleError(f"its manifest lacks {', '.join(sorted(missing))}")
         try:
             fields["graphs"] = {name: GraphSpec.from_json(name, graph) for name, graph in data["graphs"].items()}
+            fields["engines"] = {backend: EngineSet(**engines) for backend, engines in data["engines"].items()}
             return cls(**fields)
         except (AttributeError, TypeError) as error:
             raise BundleError(f"its manifest is not in the form of schema {SCHEMA}: {error}") from error
@@ -170,10 +188,31 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """``size`` and ``sha256`` of every file of a folder but the manifest and the stamps, by path."""
+def describe_files(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Mapping[str, Any]]:
+    """``size`` and ``sha256`` of every file of a folder but the manifest and the stamps, by path.
+
+    Args:
+        folder: of a bundle.
+        known: of files that are there unchanged, so that they need not be read again.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, STAMPS))
-    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    names = {str(path.relative_to(folder)): path for path in paths}
+    return {name: (known or {}).get(name) or {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in names.items()}
+
+
+def copy_into(bundle: Bundle, folder: Path) -> None:
+    """Put the files of a bundle into an empty folder, without a copy of their bytes where the file system can link them."""
+    for name in bundle.manifest.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(bundle.folder / name, folder / name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

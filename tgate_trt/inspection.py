@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tgate_trt import models
-from tgate_trt.backends import BACKENDS
-from tgate_trt.builder import stale_reasons
+from tgate_trt import engine_sets, models
+from tgate_trt.backends import why_not
 from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
+from tgate_trt.staleness import stale_reasons
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,10 @@ def state_of(bundle: Bundle) -> State:
     except InputError:
         content = None
         remarks.append(f"the model that it was built from, {manifest.model['reference']}, is not here, so changes to it cannot be seen")
-    remarks += [f"its {backend} engines are not for this version" for backend in manifest.engines if backend not in BACKENDS]
-    return State(tuple(stale_reasons(manifest, content)), tuple(remarks))
+    for backend, engines in manifest.engines.items():
+        reason = why_not(backend, engines)
+        remarks.append(f"its {backend} engines {'run here' if reason is None else f'do not run here: {reason}'}")
+    reasons = stale_reasons(manifest, content)
+    for backend, engines in manifest.engines.items():
+        reasons += engine_sets.stale_reasons(backend, engines, None)
+    return State(tuple(reasons), tuple(remarks))

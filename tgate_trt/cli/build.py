@@ -18,12 +18,42 @@ def build(
         str, typer.Option(help="shapes, sd15, sd21, sdxl, lcm-sdxl; a diffusers folder; a .safetensors checkpoint; or a hub id.")
     ],
     output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/MODEL-WIDTHxHEIGHT-PRECISION]")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="onnxruntime. May be given several times.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or fp16. [default: fp32]")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="onnxruntime, tensorrt-rtx, tensorrt. May be given several times. [default: tensorrt with a GPU, else onnxruntime]"
+        ),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or fp16. [default: fp32 for onnxruntime, else fp16]")] = None,
     height: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
     graphs: Annotated[str, typer.Option(help="Graphs to cut, with commas: vanilla, planning, fidelity.")] = "planning,fidelity",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GPU to build tensorrt-rtx engines for, such as SM89. May be given several times. "
+            "[default: the one here; without one, all from Ampere on]"
+        ),
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(help="Of TensorRT engines: baked into each; shared, one copy for all; shared-linear, shared but for convolutions'."),
+    ] = "baked",
+    optimization_level: Annotated[int | None, typer.Option(help="Of TensorRT's builder, 0 to 5. [default: TensorRT's]")] = None,
+    workspace: Annotated[
+        float | None, typer.Option(help="GiB of scratch memory that a TensorRT kernel may use. [default: no limit]")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later versions of TensorRT run the engines.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Let other GPUs from Ampere on run the engines; tensorrt only.")
+    ] = False,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Let the weights in the engines be exchanged; takes a GPU.")] = False,
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Leave the weights out of the engines until they are loaded; takes a GPU.")
+    ] = False,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare each graph with eager PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
@@ -35,6 +65,7 @@ def build(
     """
     with reporting(verbose):
         import tgate_trt
+        from tgate_trt.engines.tensorrt_builder import PlanOptions
 
         bundle = tgate_trt.build(
             model,
@@ -45,6 +76,16 @@ def build(
             width=width,
             batch_size=batch_size,
             graphs=graphs.split(","),
+            compute_capability=compute_capability or (),
+            weights=weights,
+            plan_options=PlanOptions(
+                optimization_level=optimization_level,
+                workspace=None if workspace is None else int(workspace * 2**30),
+                version_compatible=version_compatible,
+                hardware_compatible=hardware_compatible,
+                refittable=refittable,
+                stripped=strip,
+            ),
             random_weights=random_weights,
             verify=verify,
             force=force,

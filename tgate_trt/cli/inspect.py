@@ -11,7 +11,7 @@ from rich.table import Table
 from tgate_trt.cli.common import application, console, reporting
 
 if TYPE_CHECKING:
-    from tgate_trt.bundle import Bundle
+    from tgate_trt.bundle import Bundle, EngineSet
 
 app = application()
 
@@ -53,12 +53,23 @@ def _summary(bundle: Bundle) -> Table:
         "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.built_for.items()),
         "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
         "defaults": f"{manifest.steps} steps, gate step {manifest.gate_step}, guidance {manifest.guidance_scale}",
-        "engines": "; ".join(f"{backend}: {', '.join(files)}" for backend, files in manifest.engines.items()),
+        **{f"{backend} engines": _engines(engines) for backend, engines in manifest.engines.items()},
         "on disk": f"{sum(file['size'] for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _engines(engines: EngineSet) -> str:
+    """The graphs of a backend's engines, what they were built for and with."""
+    told = []
+    for name, value in engines.options.items():
+        if value not in (None, False, []):
+            shown = ", ".join(value) if isinstance(value, list) else value
+            told.append(name.replace("_", " ") + ("" if value is True else f" {shown}"))
+    told += [f"{package} {version}" for package, version in engines.built_with.items()]
+    return ", ".join(engines.files) + (f" ({'; '.join(told)})" if told else "")
 
 
 def _graphs(bundle: Bundle) -> Table:

@@ -1,0 +1,93 @@
+"""What a bundle is asked to be: the arguments of a build, checked, with what was left out filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tgate_trt.backends import BACKENDS, ONNXRUNTIME
+from tgate_trt.engine_sets import EngineRequest
+from tgate_trt.engines.tensorrt_flavours import TENSORRT, gpu_is_present
+from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds
+from tgate_trt.taps import recipe
+
+if TYPE_CHECKING:
+    from tgate_trt.model_source import ModelSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a bundle is to be built for; each field is a reason to build again when it changes."""
+
+    precision: str
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    batch_size: Bounds
+    """Images."""
+    graphs: tuple[str, ...]
+    engines: EngineRequest
+    verify: bool
+
+    def rows(self, graph: str) -> Bounds:
+        """Rows of a graph: the fidelity graph runs without guidance, the others with or without."""
+        images = self.batch_size
+        if recipe(graph).takes_in:
+            return images
+        return Bounds(images.minimum, 2 * images.optimum, 2 * images.maximum)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part that the manifest keeps as ``built_for``: what decides the graphs."""
+        return {"precision": self.precision, "height": self.height, "width": self.width, "batch_size": str(self.batch_size)}
+
+
+def request_for(
+    source: ModelSource,
+    *,
+    precision: str | None,
+    height: int | None,
+    width: int | None,
+    batch_size: str,
+    graphs: Sequence[str],
+    engines: EngineRequest,
+    verify: bool,
+) -> Request:
+    """Check what was asked for, and fill in what was not.
+
+    Raises:
+        InputError: if a value is impossible.
+        UnsupportedError: if this version does not build it.
+    """
+    if source.denoiser_attribute != "unet":
+        raise UnsupportedError(f"{source.name} is a transformer; this version builds UNets")
+    precision = precision or ("fp32" if ONNXRUNTIME in engines.backends else "fp16")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "bf16":
+        raise UnsupportedError("this version builds fp32 and fp16; ONNX Runtime, which verifies a build, has no bf16 kernels on the CPU")
+    images = Bounds.parse(batch_size)
+    if 2 * images.maximum > MAXIMUM_ROWS:
+        raise InputError(f"a run may have at most {MAXIMUM_ROWS // 2} images, got batch size {images}")
+    for graph in graphs:
+        recipe(graph)
+    height, width = height or source.height, width or source.width
+    source.signature(height, width, precision)
+    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify)
+
+
+def backends_for(backend: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The backends that were asked for: TensorRT where it is installed and sees a GPU, else ONNX Runtime, if none was.
+
+    Raises:
+        UnsupportedError: if there is no such backend.
+    """
+    if not backend:
+        return (TENSORRT.backend,) if gpu_is_present() and TENSORRT.is_installed() else (ONNXRUNTIME,)
+    names = backend.split(",") if isinstance(backend, str) else backend
+    for name in names:
+        if name not in BACKENDS:
+            raise UnsupportedError(f"this version does not build for {name!r}; it builds for {', '.join(BACKENDS)}")
+    return tuple(dict.fromkeys(names))
