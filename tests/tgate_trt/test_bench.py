@@ -162,7 +162,7 @@ def test_a_build_is_measured(built: tuple[Bundle, Path]) -> None:
     assert disk["denoiser_weights"] <= bundle.manifest.files["weights.safetensors"]["size"]
     assert disk["bundle"] == sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file() and path.name != STAMPS)
     with pytest.raises(InputError, match="is there already"):
-        build_cost.measure(str(bundle.folder), "fp32", bundle.folder)
+        build_cost.measure(str(bundle.folder), "fp32", bundle.folder, build_cost.Engines())
 
 
 def test_the_memory_of_descendants_counts() -> None:

@@ -54,6 +54,9 @@ def bench(
 def build(
     model: Annotated[str, typer.Option(help="A named architecture, sd15, sd21 or sdxl, or a diffusers folder.")] = "sdxl",
     precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp16",
+    backend: Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")] = "onnxruntime",
+    weights: Annotated[str, typer.Option(help="Of TensorRT engines: baked, shared or shared-linear.")] = "baked",
+    compute_capability: Annotated[str | None, typer.Option(help="GPU to build tensorrt-rtx engines for, such as SM89.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Folder to build in. [default: bundles/build-MODEL-PRECISION]")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the bundle there.")] = False,
     output: _Output = _RESULTS,
@@ -68,8 +71,11 @@ def build(
 
         name = models.resolve(model, random_weights=True).name
         recorder = Recorder(output, _command())
-        results = build_cost.measure(model, precision, bundle or Path("bundles") / f"build-{name}-{precision}", keep=keep)
-        record = recorder.save("build", {"model": name, "precision": precision, "random_weights": True}, {}, results)
+        engines = build_cost.Engines(backend, weights, compute_capability)
+        folder = bundle or Path("bundles") / f"build-{name}-{precision}-{engines.name}"
+        results = build_cost.measure(model, precision, folder, engines, keep=keep)
+        subject = {"model": name, "precision": precision, "random_weights": True, "variant": engines.name}
+        record = recorder.save("build", subject, {}, results)
         write_page(output)
         for table in tables_of(record):
             _show(table)

@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 
 from tgate_trt import models
+from tgate_trt.backends import ONNXRUNTIME
 from tgate_trt.bundle import MANIFEST, Bundle
 from tgate_trt.errors import BuildError, InputError
 from tgate_trt.specs import DTYPES, PRECISIONS
@@ -81,13 +82,37 @@ class _Child:
             logger.info("%s", self.lines[-1])
 
 
-def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Engines:
+    """Which engines a measured build makes."""
+
+    backend: str = ONNXRUNTIME
+    weights: str = "baked"
+    compute_capability: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How results of such a build are told from others."""
+        return self.backend if self.backend == ONNXRUNTIME else f"{self.backend}-{self.weights}"
+
+    def arguments(self) -> list[str]:
+        """Options of ``tgate-build``."""
+        options = ["--backend", self.backend]
+        if self.backend != ONNXRUNTIME:
+            options += ["--weights", self.weights]
+        if self.compute_capability:
+            options += ["--compute-capability", self.compute_capability]
+        return options
+
+
+def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep: bool = False) -> dict[str, Any]:
     """Build an architecture with random weights in a process of its own, and watch it.
 
     Args:
         model: a name of `tgate_trt.models.ARCHITECTURES`, or a diffusers folder.
         precision: of `tgate_trt.specs.PRECISIONS`.
         folder: of the bundle; must not exist.
+        engines: to build.
         keep: whether the bundle stays.
 
     Returns:
@@ -102,7 +127,7 @@ def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> 
     if folder.exists():
         raise InputError(f"{folder} is there already; a measured build must be a new one, so move it away or choose another --bundle")
     source = models.resolve(model, random_weights=True)
-    arguments = build_arguments(model, precision, folder)
+    arguments = build_arguments(model, precision, folder, engines)
     command = (sys.executable, "-P", "-c", "from tgate_trt.cli.build import main; main()", *arguments)
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -129,10 +154,9 @@ def measure(model: str, precision: str, folder: Path, *, keep: bool = False) -> 
     return results
 
 
-def build_arguments(model: str, precision: str, folder: Path) -> list[str]:
+def build_arguments(model: str, precision: str, folder: Path, engines: Engines) -> list[str]:
     """Arguments of the ``tgate-build`` that is measured."""
-    chosen = ["--model", model, "--random-weights", "--precision", precision, "--backend", "onnxruntime", "--no-verify"]
-    return [*chosen, "--output", str(folder)]
+    return ["--model", model, "--random-weights", "--precision", precision, *engines.arguments(), "--no-verify", "--output", str(folder)]
 
 
 def stages_of(lines: list[str]) -> dict[str, float]:
@@ -150,8 +174,10 @@ def disk_of(folder: Path, denoiser: int) -> dict[str, int]:
     """
     bundle = Bundle.open(folder)
     rest = sum(_tensor_bytes(path) for path in bundle.pipeline.rglob("*.safetensors"))
-    held = sum(file["size"] for file in bundle.manifest.files.values()) + (folder / MANIFEST).stat().st_size
-    return {"bundle": held, "denoiser_weights": denoiser, "pipeline_weights": denoiser + rest}
+    sizes = {name: file["size"] for name, file in bundle.manifest.files.items()}
+    held = sum(sizes.values()) + (folder / MANIFEST).stat().st_size
+    plans = {name: size for name, size in sizes.items() if name.endswith(".plan")}
+    return {"bundle": held, "plans": sum(plans.values()), "denoiser_weights": denoiser, "pipeline_weights": denoiser + rest}
 
 
 def _tensor_bytes(path: Path) -> int:

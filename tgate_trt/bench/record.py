@@ -76,7 +76,8 @@ class Recorder:
             "complete": complete,
             "results": results,
         }
-        replace_file(self.folder / f"{_PREFIX}{what}-{subject['model']}.json", json.dumps(record, indent=2) + "\n")
+        name = "-".join(filter(None, (what, subject["model"], subject.get("variant"))))
+        replace_file(self.folder / f"{_PREFIX}{name}.json", json.dumps(record, indent=2) + "\n")
         return record
 
 

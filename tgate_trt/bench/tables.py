@@ -133,6 +133,7 @@ def _build(record: Mapping[str, Any]) -> Iterator[_Part]:
         ("peak memory, total", _against(memory["peak_total"], disk["denoiser_weights"], "the denoiser's weights")),
         ("weights of the denoiser", f"{disk['denoiser_weights'] / 1e9:,.2f} GB"),
         ("weights of the whole pipeline", f"{disk['pipeline_weights'] / 1e9:,.2f} GB"),
+        *([("plans on disk", f"{disk['plans'] / 1e9:,.3f} GB")] if disk.get("plans") else []),
         ("bundle on disk", _against(disk["bundle"], disk["pipeline_weights"], "the pipeline's weights")),
     ]
     yield "A build", ("stage", "taken"), rows
@@ -147,14 +148,15 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[_Part]]] = {
 
 
 def _order(record: Mapping[str, Any]) -> tuple[int, str]:
-    return list(_BUILDERS).index(record["what"]), record["subject"]["model"]
+    return list(_BUILDERS).index(record["what"]), f"{record['subject']['model']} {record['subject'].get('variant', '')}"
 
 
 def _subject(record: Mapping[str, Any]) -> str:
     subject = record["subject"]
     size = f", {subject['width']}×{subject['height']}" if "width" in subject else ""
     weights = ", random weights" if subject["random_weights"] else ""
-    return f"{subject['model']}{size}, {subject['precision']}{weights}"
+    variant = f", {subject['variant']}" if "variant" in subject else ""
+    return f"{subject['model']}{size}, {subject['precision']}{weights}{variant}"
 
 
 def _notes(record: Mapping[str, Any]) -> Sequence[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from tgate_trt.errors import TGateError
 
@@ -20,14 +21,27 @@ FAILED = 1
 
 
 class _Progress(logging.Handler):
-    """Shows the library's log: a spinner for what is under way on a terminal, plain lines elsewhere."""
+    """Shows the library's log: on a terminal a spinner or a bar for what is under way, elsewhere plain lines.
+
+    A record that ends with an ellipsis is under way; one with the attribute ``progress``, from 0 to 1, has a bar.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.status = console.status("")
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self.task = self.bar.add_task("", total=1.0)
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
+        fraction = getattr(record, "progress", None)
+        if fraction is not None:
+            if console.is_terminal:
+                self._show_bar(message, fraction)
+            return
+        self.bar.stop()
         if message.endswith("…"):
             if console.is_terminal:
                 self.status.update(escape(message))
@@ -37,7 +51,15 @@ class _Progress(logging.Handler):
 
     def close(self) -> None:
         self.status.stop()
+        self.bar.stop()
         super().close()
+
+    def _show_bar(self, message: str, fraction: float) -> None:
+        self.status.stop()
+        if not self.bar.live.is_started:
+            self.bar.reset(self.task)
+            self.bar.start()
+        self.bar.update(self.task, description=escape(message), completed=fraction)
 
 
 @contextlib.contextmanager
