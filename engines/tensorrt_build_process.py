@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -131,9 +132,9 @@ def parse(trt: Api, builder: tensorrt.Builder, graph: Path, trt_logger: tensorrt
 
 
 def _parser_error(error: tensorrt.ParserError) -> str:
-    """What the parser says of a node, without what its source files are called."""
-    node = f"node {error.node_name()!r} ({error.node_operator()})" if error.node_name() else "the graph"
-    return f"{node}: {_tidy(error.desc())}"
+    """What the parser says of a node."""
+    operator, name = error.node_operator(), error.node_name() or f"number {error.node()}"
+    return (f"node {name!r} ({operator}): " if operator else "") + _tidy(error.desc())
 
 
 def check_network(network: tensorrt.INetworkDefinition, spec: GraphSpec) -> None:
@@ -255,12 +256,20 @@ def _build(task: Mapping[str, Any], log: Any) -> dict[str, Any]:
 
 
 _HINTS = (
-    ("of type Half", "two dtypes meet there that PyTorch would have promoted; this is a fault of the trace, please report it"),
-    ("No importer registered", "TensorRT has no such operator; use --backend onnxruntime, and please report it"),
-    ("CUDA", "this takes an NVIDIA GPU and its driver"),
-    ("memory", "free some memory, or build with --weights shared"),
-    ("No space left", "free some disk space, or choose another --output"),
+    (
+        r"(Half|Float|BFloat16) and (Half|Float|BFloat16)|of type (Half|Float)",
+        "two dtypes meet there; please report it",
+    ),
+    (r"No importer registered|Plugin not found", "TensorRT has no such operator; use --backend onnxruntime, and please report it"),
+    (r"\(SM75\)", "leave SM75 out of --compute-capability, or build with --precision fp16"),
+    (r"(?i)out of memory|bad_alloc|MemoryError", "free some memory, or build with --weights shared"),
+    (r"No space left", "free some disk space, or choose another --output"),
+    (r"(?i)cuda (initialization|runtime|driver)", "this takes an NVIDIA GPU and its driver"),
 )
+"""What to do about a message, by a pattern that it holds."""
+
+_SOURCES = re.compile(r"\[\w+\.(cpp|h)::.*|\s*In \w+ at /_src/[^)]*")
+"""Places in TensorRT's own source files, and what it says after the first of them."""
 
 
 def _first_reason(errors: Sequence[str]) -> str:
@@ -268,15 +277,12 @@ def _first_reason(errors: Sequence[str]) -> str:
 
 
 def _tidy(message: str) -> str:
-    """A message of TensorRT in one line, without the place in its own source files."""
-    text = " ".join(message.split())
-    while text.startswith("[") and "]" in text:
-        text = text[text.index("]") + 1 :].strip()
-    return text.rstrip(".") or "no reason given"
+    """A message of TensorRT in one line, without places in its source files."""
+    return _SOURCES.sub("", " ".join(message.split())).strip(" .") or "no reason given"
 
 
 def _sentence(task: Mapping[str, Any], reason: str) -> str:
-    hint = next((f"; {hint}" for text, hint in _HINTS if text in reason), "")
+    hint = next((f"; {hint}" for pattern, hint in _HINTS if re.search(pattern, reason)), "")
     return f"{task['backend']} cannot build the {task['name']} engine: {reason[:400]}{hint}; the whole log is in {task['log']}"
 
 
