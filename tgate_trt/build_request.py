@@ -31,6 +31,8 @@ class Request:
     graphs: tuple[str, ...]
     engines: EngineRequest
     verify: bool
+    discard_graphs: bool = False
+    """Whether to leave out of the bundle what its engines do without: graphs and the denoiser's weights."""
 
     def rows(self, graph: str) -> Bounds:
         """Rows of a graph: the fidelity graph runs without guidance, the others with or without."""
@@ -54,6 +56,7 @@ def request_for(
     graphs: Sequence[str],
     engines: EngineRequest,
     verify: bool,
+    discard_graphs: bool,
 ) -> Request:
     """Check what was asked for, and fill in what was not.
 
@@ -73,9 +76,13 @@ def request_for(
         raise InputError(f"a run may have at most {MAXIMUM_ROWS // 2} images, got batch size {images}")
     for graph in graphs:
         recipe(graph)
+    if discard_graphs and (ONNXRUNTIME in engines.backends or engines.weights != "baked"):
+        raise InputError(
+            "--discard-graphs is for TensorRT engines with --weights baked alone; the others read the bundle's graphs or weights"
+        )
     height, width = height or source.height, width or source.width
     source.signature(height, width, precision)
-    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify)
+    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify, discard_graphs)
 
 
 def backends_for(backend: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,7 @@ from tgate_trt.build_request import Request, backends_for, request_for
 from tgate_trt.bundle import TRACE, Bundle, EngineSet, Manifest, building, copy_into, describe_files, write_manifest
 from tgate_trt.engine_sets import EngineRequest, requests_of
 from tgate_trt.engines.tensorrt_builder import PlanOptions
-from tgate_trt.errors import BundleError
+from tgate_trt.errors import BundleError, StaleBundleError
 from tgate_trt.specs import Bounds, GraphSpec
 from tgate_trt.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.taps import recipe
@@ -42,6 +42,7 @@ def build(
     compute_capability: Sequence[str] = (),
     weights: str = "baked",
     plan_options: PlanOptions | None = None,
+    discard_graphs: bool = False,
     random_weights: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -62,6 +63,8 @@ def build(
         weights: where those of TensorRT engines are: ``"baked"`` into the plan; ``"shared"``, one copy for all engines;
             or ``"shared-linear"``, shared but for those of convolutions.
         plan_options: further options of TensorRT plans.
+        discard_graphs: whether to leave graphs and weights out of the bundle that baked engines do without. Nothing can
+            be added to it then.
         random_weights: whether to fill a named architecture with seeded random weights.
         verify: whether to compare each graph with eager PyTorch.
         force: whether to build even if nothing changed.
@@ -77,7 +80,15 @@ def build(
     options = dataclasses.replace(plan_options or PlanOptions(), capabilities=tuple(compute_capability))
     engines = EngineRequest(backends_for(backend), weights, options)
     request = request_for(
-        source, precision=precision, height=height, width=width, batch_size=batch_size, graphs=graphs, engines=engines, verify=verify
+        source,
+        precision=precision,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        graphs=graphs,
+        engines=engines,
+        verify=verify,
+        discard_graphs=discard_graphs,
     )
     target = Path(output) if output is not None else default_output(source, request)
     existing = None if force else _open_existing(target)
@@ -110,12 +121,15 @@ def add_graph(bundle: Bundle, name: str) -> Bundle:
     """Cut one more graph from a bundle's trace, and keep it there; a bundle that holds it is returned as it is.
 
     Raises:
-        BuildError: if the trace lacks the taps.
+        BuildError: if the trace lacks the taps, or an engine cannot be built.
+        StaleBundleError: if the bundle's graphs were discarded.
         InputError: if there is no graph of that name.
     """
     if name in bundle.manifest.graphs:
         return bundle
     manifest = bundle.manifest
+    if TRACE not in manifest.files:
+        raise StaleBundleError(f"{bundle.folder} holds no graphs to add to; build it again without --discard-graphs")
     built_for = {**manifest.built_for, "batch_size": manifest.batch_size}
     request = Request(**built_for, graphs=(name,), engines=EngineRequest(()), verify=False)
     with building(bundle.folder) as folder:
@@ -187,9 +201,24 @@ def _complete(folder: Path, target: Path, source: models.ModelSource | None, req
     if request.verify and source is not None:
         verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
     engines = _engines(folder, target, request, specs, manifest.engines)
-    known = {name: entry for name, entry in manifest.files.items() if (folder / name).samefile(target / name)}
+    if request.discard_graphs:
+        _discard_graphs(folder, specs)
+    known = {name: entry for name, entry in manifest.files.items() if _is_unchanged(folder / name, target / name)}
     files = _timed("hashes", lambda: describe_files(folder, known))
     write_manifest(folder, dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files))
+
+
+def _discard_graphs(folder: Path, graphs: Iterable[str]) -> None:
+    """Remove what baked engines do without."""
+    from tgate_trt.export.weights import WEIGHTS_FILE
+
+    for name in (TRACE, WEIGHTS_FILE, *map(_graph_file, graphs)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_unchanged(file: Path, before: Path) -> bool:
+    """Whether a file is the one of the old bundle, linked."""
+    return file.exists() and file.samefile(before)
 
 
 def _engines(

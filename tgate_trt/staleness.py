@@ -6,7 +6,7 @@ from importlib import metadata
 
 from tgate_trt import engine_sets
 from tgate_trt.build_request import Request
-from tgate_trt.bundle import Manifest
+from tgate_trt.bundle import TRACE, Manifest
 
 _TOOLCHAIN = ("tgate-trt", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 """Packages whose versions decide what graphs a build gives."""
@@ -36,6 +36,8 @@ def stale_reasons(manifest: Manifest, content: str | None, request: Request | No
         before = manifest.built_for.get(name)
         if before != value:
             reasons.append(f"{name.replace('_', ' ')} was {before} and is {value}")
+    if request is not None and TRACE not in manifest.files and (not request.discard_graphs or missing_parts(manifest, request)):
+        reasons.append("its graphs were discarded")
     return reasons
 
 
@@ -50,4 +52,6 @@ def missing_parts(manifest: Manifest, request: Request) -> list[str]:
             parts += engine_sets.stale_reasons(backend, held, request.engines)
     if request.verify and set(request.graphs) & set(manifest.graphs) - set(manifest.verification):
         parts.append("it was not verified")
+    if request.discard_graphs and TRACE in manifest.files:
+        parts.append("its graphs are to be discarded")
     return parts

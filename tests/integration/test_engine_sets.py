@@ -121,6 +121,27 @@ def test_an_engine_that_is_not_whole_is_not_reused(
     assert "planning" in reused
 
 
+def test_graphs_are_discarded_and_a_new_build_says_why(own_bundles: Path, tiny_sd: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tgate_trt.builder import add_graph
+
+    bundle = own_bundles / "baked"
+    without_onnxruntime = json.loads((bundle / MANIFEST).read_text())
+    del without_onnxruntime["engines"]["onnxruntime"]
+    (bundle / MANIFEST).write_text(json.dumps(without_onnxruntime))
+    same = {**RTX_ONLY, "compute_capability": ["SM86", "SM89"]}
+    caplog.set_level("INFO", "tgate_trt")
+    discarded = tgate_trt.build(tiny_sd, bundle, **same, discard_graphs=True)
+    assert not [*bundle.glob("*.onnx"), *bundle.glob("*.safetensors")]
+    assert set(discarded.manifest.files) >= set(discarded.manifest.engines["tensorrt-rtx"].files.values())
+    tgate_trt.build(tiny_sd, bundle, **same, discard_graphs=True)
+    assert any("is up to date" in message for message in caplog.messages)
+    with pytest.raises(StaleBundleError, match="holds no graphs to add to"):
+        add_graph(discarded, "vanilla")
+    tgate_trt.build(tiny_sd, bundle, **same)
+    assert any("building again: its graphs were discarded" in message for message in caplog.messages)
+    assert sum("reused from" in message for message in caplog.messages) == 2, "the graphs are the same again"
+
+
 def cut_off(plan: Path, manifest: Path) -> None:
     plan.write_bytes(plan.read_bytes()[:-1])
 
@@ -152,6 +173,7 @@ def test_a_damaged_plan_is_refused_before_use(damage: object, message: str, own_
     [
         ({"weights": "melted"}, InputError, "--weights is one of baked, shared, shared-linear, got 'melted'"),
         ({"backend": "onnxruntime", "compute_capability": ["SM89"]}, InputError, "are for --backend tensorrt-rtx and tensorrt"),
+        ({"weights": "shared", "discard_graphs": True}, InputError, "for TensorRT engines with --weights baked alone"),
         ({"compute_capability": ["SM90"]}, InputError, "does not build for 'SM90'"),
         ({"plan_options": PlanOptions(optimization_level=9)}, InputError, "a number from 0 to 5, got 9"),
         pytest.param(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tgate_trt.bundle import MANIFEST, STAMPS, Bundle, Manifest, building, describe_files, write_manifest
+from tgate_trt.bundle import MANIFEST, SCHEMA, STAMPS, Bundle, Manifest, building, describe_files, write_manifest
 from tgate_trt.errors import BundleError, InputError
 from tgate_trt.specs import Bounds, GraphSpec, TensorSpec
 
@@ -108,9 +108,9 @@ DAMAGE = {
     no_manifest: r"has no manifest\.json",
     broken_manifest: r"manifest\.json cannot be read",
     foreign_manifest: r"not one of tgate-trt",
-    old_manifest: r"schema version 0, this version reads 1",
+    old_manifest: rf"schema version 0, this version reads {SCHEMA}",
     short_manifest: r"lacks engines",
-    odd_manifest: r"not in the form of schema 1",
+    odd_manifest: rf"not in the form of schema {SCHEMA}",
 }
 
 

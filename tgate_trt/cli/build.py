@@ -40,6 +40,9 @@ def build(
         str,
         typer.Option(help="Of TensorRT engines: baked into each; shared, one copy for all; shared-linear, shared but for convolutions'."),
     ] = "baked",
+    discard_graphs: Annotated[
+        bool, typer.Option("--discard-graphs", help="Leave graphs and weights out of the bundle that baked engines do without.")
+    ] = False,
     optimization_level: Annotated[int | None, typer.Option(help="Of TensorRT's builder, 0 to 5. [default: TensorRT's]")] = None,
     workspace: Annotated[
         float | None, typer.Option(help="GiB of scratch memory that a TensorRT kernel may use. [default: no limit]")
@@ -86,6 +89,7 @@ def build(
                 refittable=refittable,
                 stripped=strip,
             ),
+            discard_graphs=discard_graphs,
             random_weights=random_weights,
             verify=verify,
             force=force,

@@ -41,7 +41,7 @@ class _Progress(logging.Handler):
             if console.is_terminal:
                 self._show_bar(message, fraction)
             return
-        self.bar.stop()
+        self._hide_bar()
         if message.endswith("…"):
             if console.is_terminal:
                 self.status.update(escape(message))
@@ -51,7 +51,7 @@ class _Progress(logging.Handler):
 
     def close(self) -> None:
         self.status.stop()
-        self.bar.stop()
+        self._hide_bar()
         super().close()
 
     def _show_bar(self, message: str, fraction: float) -> None:
@@ -60,6 +60,10 @@ class _Progress(logging.Handler):
             self.bar.reset(self.task)
             self.bar.start()
         self.bar.update(self.task, description=escape(message), completed=fraction)
+
+    def _hide_bar(self) -> None:
+        if self.bar.live.is_started:  # `stop` prints an empty line even where nothing was shown
+            self.bar.stop()
 
 
 @contextlib.contextmanager
