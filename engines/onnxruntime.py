@@ -11,10 +11,11 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from tgate_trt.engines.base import check, given
 from tgate_trt.errors import BundleError, GateError, UnsupportedError
 from tgate_trt.specs import GraphSpec, TensorSpec
 
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_DTYPES = ("float32", "float16", "int64")
 
 
 class OnnxRuntimeEngine:
@@ -42,13 +43,17 @@ class OnnxRuntimeEngine:
         if self._device.type == "cuda" and not cuda_is_available():
             raise UnsupportedError("ONNX Runtime cannot use CUDA here: install onnxruntime-gpu, or use device='cpu'")
         for tensor in (*spec.inputs, *spec.outputs):
-            if tensor.dtype not in _TORCH_DTYPES:
+            if tensor.dtype not in _DTYPES:
                 raise UnsupportedError(
                     f"ONNX Runtime has no {tensor.dtype} kernels for {tensor.name!r}; build with --precision fp32 or fp16"
                 )
-        self._session: Any = _load(path, self._device, threads)
-        self._binding: Any = self._session.io_binding()
+        self._path, self._threads = path, threads
+        self._weights: dict[str, Any] = {}
+        self._closed = False
+        self._session: Any = None
+        self._binding: Any = None
         self._bound: dict[str, tuple[int, torch.Size]] = {}
+        self._load()
 
     @property
     def spec(self) -> GraphSpec:
@@ -62,43 +67,45 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`. ONNX Runtime synchronises by itself, so ``stream`` is not used."""
-        if self._session is None:
+        if self._closed:
             raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
+        if self._session is None:
+            self._load()
         for tensor in self._spec.inputs:
-            self._bind(tensor, inputs.get(tensor.name), self._binding.bind_input)
+            self._bind(tensor, given(self._spec, inputs, tensor), self._binding.bind_input)
         for tensor in self._spec.outputs:
-            self._bind(tensor, outputs.get(tensor.name), self._binding.bind_output)
+            self._bind(tensor, given(self._spec, outputs, tensor), self._binding.bind_output)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(self._binding)
 
-    def close(self) -> None:
-        """Free the session; the engine cannot run again."""
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
+        self._weights = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in weights.items()}
+        self.unload()
+
+    def unload(self) -> None:
+        """Free the session until the engine runs again."""
         self._session = self._binding = None
         self._bound.clear()
 
-    def _bind(self, spec: TensorSpec, tensor: Tensor | None, bind: Any) -> None:
-        if tensor is None:
-            raise GateError(f"the {self._spec.name} engine was not given {spec.name!r}")
+    def close(self) -> None:
+        """Free the session; the engine cannot run again."""
+        self._closed = True
+        self._weights = {}
+        self.unload()
+
+    def _load(self) -> None:
+        self._session = _load(self._path, self._device, self._threads, self._weights)
+        self._binding = self._session.io_binding()
+
+    def _bind(self, spec: TensorSpec, tensor: Tensor, bind: Any) -> None:
         key = (tensor.data_ptr(), tensor.shape)
         if self._bound.get(spec.name) == key:
             return
-        self._check(spec, tensor)
+        check(self._spec, spec, tensor, self._device)
         bind(spec.name, self._device.type, self._device.index or 0, numpy.dtype(spec.dtype).type, tuple(tensor.shape), tensor.data_ptr())
         self._bound[spec.name] = key
-
-    def _check(self, spec: TensorSpec, tensor: Tensor) -> None:
-        fits = len(tensor.shape) == len(spec.shape) and all(
-            size in self._spec.dimensions[expected] if isinstance(expected, str) else size == expected
-            for size, expected in zip(tensor.shape, spec.shape, strict=True)
-        )
-        if not fits:
-            bounds = ", ".join(f"{name} {size}" for name, size in self._spec.dimensions.items())
-            raise GateError(f"{spec.name!r} must have shape {list(spec.shape)} with {bounds}, got {list(tensor.shape)}")
-        if tensor.dtype != _TORCH_DTYPES[spec.dtype] or tensor.device.type != self._device.type or not tensor.is_contiguous():
-            raise GateError(
-                f"{spec.name!r} must be a contiguous {spec.dtype} tensor on {self._device}, got {tensor.dtype} on {tensor.device}"
-            )
 
 
 def cuda_is_available() -> bool:
@@ -111,13 +118,15 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda_is_available() else torch.device("cpu")
 
 
-def _load(path: Path, device: torch.device, threads: int | None) -> Any:
+def _load(path: Path, device: torch.device, threads: int | None, weights: Mapping[str, Any]) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     # Idle workers of the planning engine would spin against the fidelity engine's for its first calls after the gate: on two
     # loaded cores a gated picture of the demo model takes half the time without, on two idle ones about the same.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     provider: Any = ("CUDAExecutionProvider", {"device_id": device.index or 0}) if device.type == "cuda" else "CPUExecutionProvider"
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])

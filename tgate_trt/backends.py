@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from tgate_trt.bundle import Bundle, EngineSet
+from tgate_trt.bundle import BESIDE, Bundle, EngineSet
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, compute_capability, gpu_is_present
-from tgate_trt.errors import InputError, StaleBundleError
-from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds
+from tgate_trt.errors import InputError, StaleBundleError, UnsupportedError
+from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from tgate_trt.engines.base import Engine
+    from tgate_trt.engines.shared_weights import SharedWeights
+    from tgate_trt.engines.tensorrt import Arena, RuntimeOptions
 
 ONNXRUNTIME = "onnxruntime"
 
@@ -66,15 +70,82 @@ def has_engine(bundle: Bundle, graph: str, backend: str) -> bool:
     return backend in bundle.manifest.engines and graph in bundle.manifest.engines[backend].files
 
 
-def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
-    """Load one engine of a bundle.
+@dataclasses.dataclass
+class EngineLoader:
+    """Loads engines of one backend of a bundle; they share what engines of one pipeline can share."""
+
+    bundle: Bundle
+    backend: str
+    device: torch.device | None = None
+    """The backend's best if None."""
+    threads: int | None = None
+    """CPU threads of an engine; one a core if None."""
+    options: RuntimeOptions | None = None
+    """Of TensorRT engines; `runtime_options` of the bundle if None."""
+    _arena: Arena | None = None
+    _weights: dict[tuple[Path, ...], SharedWeights] = dataclasses.field(default_factory=dict)
+
+    def load(self, graph: str) -> Engine:
+        """Load one engine.
+
+        Raises:
+            BundleError: if the bundle holds no such engine, or it cannot be loaded.
+            UnsupportedError: if the backend is not to be had here.
+        """
+        spec = self.bundle.graph(graph)
+        path = self.bundle.folder / self.bundle.manifest.engines[self.backend].files[graph]
+        if self.backend == ONNXRUNTIME:
+            from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+            # ONNX Runtime needs no profile: it takes every batch for which the trace holds.
+            spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
+            return OnnxRuntimeEngine(path, spec, device=self.device, threads=self.threads)
+        return self._load_plan(graph, path, spec)
+
+    def _load_plan(self, graph: str, path: Path, spec: GraphSpec) -> Engine:
+        import torch
+
+        from tgate_trt.engines.shared_weights import SharedWeights
+        from tgate_trt.engines.tensorrt import Arena, TensorRTEngine
+
+        if self.device is not None and self.device.type != "cuda":
+            raise UnsupportedError(
+                f"{self.backend} runs on an NVIDIA GPU, not on {self.device}; use device='cuda' or backend='onnxruntime'"
+            )
+        if self._arena is None:
+            self._arena = Arena(self.device or torch.device("cuda", torch.cuda.current_device()))
+        files, weights = weight_files(self.bundle, graph), None
+        if self.bundle.manifest.engines[self.backend].options["weights"] != "baked":
+            weights = self._weights[files] = self._weights.get(files) or SharedWeights(files, self._arena.device)
+        return TensorRTEngine(
+            path,
+            spec,
+            FLAVOURS[self.backend],
+            self._arena,
+            weights=weights,
+            weight_files=files,
+            options=self.options or runtime_options(self.bundle),
+        )
+
+
+def runtime_options(bundle: Bundle, *, cuda_graphs: bool = True, specialisation: str = "lazy") -> RuntimeOptions:
+    """How plans of a bundle are run; what TensorRT-RTX compiles is kept beside it.
 
     Raises:
-        BundleError: if the bundle holds no such engine.
+        InputError: if there is no such specialisation.
     """
-    from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
+    from tgate_trt.engines.tensorrt import RuntimeOptions
 
-    spec = bundle.graph(graph)
-    # ONNX Runtime needs no profile: it takes every batch for which the trace holds.
-    spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
-    return OnnxRuntimeEngine(bundle.folder / bundle.manifest.engines[backend].files[graph], spec, device=device, threads=threads)
+    return RuntimeOptions(cuda_graphs, specialisation, bundle.folder.absolute().parent / BESIDE / "compiled")
+
+
+def weight_files(bundle: Bundle, graph: str) -> tuple[Path, ...]:
+    """The safetensors files of a graph's weights."""
+    from tgate_trt.export.weights import WEIGHTS_FILE
+
+    return (bundle.folder / WEIGHTS_FILE,)
+
+
+def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
+    """Load one engine of a bundle; see `EngineLoader.load`."""
+    return EngineLoader(bundle, backend, device, threads).load(graph)

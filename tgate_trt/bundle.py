@@ -37,6 +37,9 @@ STAMPS = ".stamps.json"
 TRACE = "trace.onnx"
 PIPELINE = "pipeline"
 
+BESIDE = ".tgate-trt"
+"""Folder beside bundles of what they share: logs of builders, timing caches, kernels compiled for the GPU at hand."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

@@ -64,6 +64,7 @@ class GatedDenoiser(nn.Module):
         gate_step: GateStep,
         guidance: bool | None = None,
         half: str = "negative",
+        low_memory: bool = False,
     ) -> None:
         """Make a denoiser for one pipeline.
 
@@ -76,6 +77,7 @@ class GatedDenoiser(nn.Module):
             gate_step: number of planning steps, a fraction of the steps, or ``"none"``.
             guidance: whether runs are guided; read from the pipeline if None.
             half: the half of the guidance batch whose conditioning is kept after the gate.
+            low_memory: whether to hold one engine at a time: each is loaded anew in every run.
 
         Raises:
             InputError: if ``gate_step`` is impossible.
@@ -89,6 +91,7 @@ class GatedDenoiser(nn.Module):
         self.gate_step = check_gate_step(gate_step)
         self.guidance = guidance
         self._kept_half = HALVES[half]
+        self._low_memory = low_memory and planning is not fidelity
         self._run: _Run | None = None
         self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
 
@@ -211,6 +214,8 @@ class GatedDenoiser(nn.Module):
 
     def _plan(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
         """Run with cross-attention on the whole batch; at the last planning call, keep its outputs."""
+        if self._low_memory:
+            self.fidelity.unload()
         outputs = self._outputs(self.planning, run.rows)
         self.planning.run(_as_inputs(self.planning, tensors), outputs)
         if run.schedule.hands_off(call):
@@ -233,6 +238,8 @@ class GatedDenoiser(nn.Module):
         if caches and not run.has_cache:
             raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
         kept = {name: _half(tensor, self._kept_half) if run.guided else tensor for name, tensor in tensors.items()}
+        if self._low_memory:
+            self.planning.unload()
         outputs = self._outputs(self.fidelity, run.images)
         self.fidelity.run({**_as_inputs(self.fidelity, kept), **caches}, outputs)
         sample: Tensor = tensors["sample"]

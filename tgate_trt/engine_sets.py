@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tgate_trt.backends import ONNXRUNTIME
-from tgate_trt.bundle import MANIFEST, EngineSet, link_or_copy, sha256, stamp
+from tgate_trt.bundle import BESIDE, MANIFEST, EngineSet, link_or_copy, sha256, stamp
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present
 from tgate_trt.errors import InputError
@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("baked", "shared", "shared-linear")
 """Where the weights of a TensorRT engine are: in its plan; in inputs, so that all engines read one copy; or in inputs but for
 those of convolutions."""
-
-BESIDE = ".tgate-trt"
-"""Folder beside bundles of what they share: logs of builders, timing caches."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,5 +125,11 @@ class _Noise:
         for tensor in outputs.values():
             tensor.normal_()
 
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """There are none."""
+
+    def unload(self) -> None:
+        """Nothing is held."""
+
     def close(self) -> None:
         """Nothing is held."""

@@ -1,0 +1,81 @@
+"""One copy of a model's weights in memory, at addresses that stay, for every engine that takes them as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tgate_trt.errors import BundleError
+
+
+class SharedWeights:
+    """Weights by name on a device. Engines read them where they lie; exchanging some writes over the same bytes."""
+
+    def __init__(self, files: Sequence[Path], device: torch.device) -> None:
+        """Read safetensors files, a tensor at a time.
+
+        Args:
+            files: of the model's weights.
+            device: where they go.
+
+        Raises:
+            BundleError: if a file cannot be read.
+        """
+        self._files = tuple(files)
+        self._tensors: dict[str, Tensor] = {}
+        self._replaced: set[str] = set()
+        for name, tensor in read_weights(self._files, None):
+            self._tensors[name] = tensor.to(device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A weight, at the address that it always has.
+
+        Raises:
+            BundleError: if there is none of that name.
+        """
+        if name not in self._tensors:
+            raise BundleError(f"the weights hold no {name!r}, which an engine takes; build the bundle again")
+        return self._tensors[name]
+
+    def replace(self, weights: Mapping[str, Tensor]) -> None:
+        """Give some weights other values, and those that were given others before, their own again.
+
+        On a GPU the writes are ordered on PyTorch's current stream.
+
+        Args:
+            weights: by name, all that shall differ from the files.
+
+        Raises:
+            BundleError: if one is not there, or has another shape or dtype; nothing is written then.
+        """
+        for name, value in weights.items():
+            held = self[name]
+            if (value.shape, value.dtype) != (held.shape, held.dtype):
+                raise BundleError(
+                    f"{name!r} is {held.dtype} {list(held.shape)} in the bundle and cannot become {value.dtype} {list(value.shape)}"
+                )
+        for name, tensor in read_weights(self._files, self._replaced - set(weights)):
+            self._tensors[name].copy_(tensor)
+        for name, value in weights.items():
+            self._tensors[name].copy_(value)
+        self._replaced = set(weights)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._tensors.clear()
+
+
+def read_weights(files: Sequence[Path], names: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of files one at a time, all of them or some by name."""
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    if names is None or name in names:
+                        yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"{path} cannot be read: {error}; build the bundle again") from error
