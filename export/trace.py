@@ -29,8 +29,6 @@ OPSET = 20
 TAP_DOMAIN, TAP_OP = "tgate", "Tap"
 """The marker node of a tap: one input, one output of the same value, and the string attribute ``name``."""
 
-_PARAMETER_PREFIX = "denoiser."
-
 
 class _ByPosition(nn.Module):
     """The denoiser with its inputs in the order of a signature, as `torch.export` wants them."""
@@ -58,20 +56,38 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.
     """
+    by_position = _ByPosition(denoiser, [tensor.name for tensor in inputs])
+    return trace_module(by_position, "denoiser", inputs, ("noise_pred",))
+
+
+def trace_module(module: nn.Module, attribute: str, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> ir.Model:
+    """Trace any module that takes and gives tensors by position.
+
+    Args:
+        module: whose ``forward(*tensors)`` is traced. It holds the model under ``attribute``, on the ``meta`` device and in
+            eval mode; that is used up.
+        attribute: whose path is left out of the parameters' names.
+        inputs: what the module takes; the first has every row.
+        outputs: names of what it gives.
+
+    Raises:
+        BuildError: if PyTorch cannot trace or translate the model.
+    """
+    model_of_module = getattr(module, attribute)
     try:
         with _quiet():
-            model = _translate(_export(denoiser, inputs))
+            model = _translate(_export(module, model_of_module, inputs))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise BuildError(f"PyTorch could not trace {type(denoiser).__name__}: {type(error).__name__}: {reason}") from error
-    _name_inputs_and_outputs(model, inputs)
-    parameters = _parameters_to_inputs(model, {tensor.name for tensor in inputs})
+        raise BuildError(f"PyTorch could not trace {type(model_of_module).__name__}: {type(error).__name__}: {reason}") from error
+    _name_inputs_and_outputs(model, inputs, outputs)
+    parameters = _parameters_to_inputs(model, {tensor.name for tensor in inputs}, f"{attribute}.")
     _simplify(model)
     _inputs_to_initializers(model, parameters)
     return model
 
 
-def _export(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
+def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
     """Run `torch.export` on fake tensors, with a marker node at each tap."""
     rows = torch.export.Dim(ROWS, min=1, max=MAXIMUM_ROWS)
 
@@ -83,12 +99,10 @@ def _export(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> torch.export.E
 
     with FakeTensorMode(shape_env=ShapeEnv()):
         _materialise(denoiser)
-        example = tuple(torch.empty(tensor.concrete(**{ROWS: 2}), dtype=getattr(torch, tensor.dtype)) for tensor in inputs)
+        example = tuple(torch.zeros(tensor.concrete(**{ROWS: 2}), dtype=getattr(torch, tensor.dtype)) for tensor in inputs)
     dynamic_shapes = (tuple({axis: rows for axis, size in enumerate(tensor.shape) if size == ROWS} for tensor in inputs),)
     with torch.no_grad(), tapped(denoiser, mark):
-        return torch.export.export(
-            _ByPosition(denoiser, [tensor.name for tensor in inputs]), example, dynamic_shapes=dynamic_shapes, strict=False
-        )
+        return torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _materialise(denoiser: nn.Module) -> None:
@@ -106,10 +120,10 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
     return exported.model
 
 
-def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
+def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> None:
     """Give inputs and outputs our names, and every row dimension the name ``batch``."""
-    (output,) = model.graph.outputs
-    output.name = "noise_pred"
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        value.name = name
     symbols = {str(model.graph.inputs[0].shape[0])} if model.graph.inputs[0].shape else set()
     for value, tensor in zip(model.graph.inputs, inputs, strict=True):
         value.name = tensor.name
@@ -120,14 +134,14 @@ def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec]) -> N
                 value.shape = ir.Shape([ROWS if str(size) in symbols else size for size in value.shape])
 
 
-def _parameters_to_inputs(model: ir.Model, input_names: set[str]) -> list[ir.Value]:
+def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -> list[ir.Value]:
     """Turn the parameters into inputs, under their state-dict names, so that no pass takes them for constants."""
     graph = model.graph
-    parameters = [value for name, value in graph.initializers.items() if name.startswith(_PARAMETER_PREFIX)]
+    parameters = [value for name, value in graph.initializers.items() if name.startswith(prefix)]
     for value in parameters:
         graph.initializers.pop(str(value.name))
         value.const_value = None
-        value.name = str(value.name).removeprefix(_PARAMETER_PREFIX)
+        value.name = str(value.name).removeprefix(prefix)
         if value.name in input_names:
             raise BuildError(f"the parameter {value.name!r} has the name of an input; it cannot be traced")
         graph.inputs.append(value)

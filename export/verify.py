@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from tgate_trt.errors import VerificationError
-from tgate_trt.export.eager import run_recipe
 from tgate_trt.specs import CACHE_PREFIX, ROWS, GraphSpec, TensorSpec
-from tgate_trt.taps import Recipe
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}
 """Largest relative L2 error of each precision, against fp32."""
 
 Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
 """Runs a graph: inputs and caller-owned outputs by name."""
+
+
+RunEager = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Runs the eager model: the model in fp32, inputs by name; gives outputs by name."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def verify(
     load_denoiser: Callable[[], nn.Module],
     load_graph: Callable[[], Run],
     spec: GraphSpec,
-    recipe: Recipe,
+    run_eager: RunEager,
     signature: Sequence[TensorSpec],
     *,
     rows: Sequence[int],
     precision: str,
+    vocabulary: int = 1,
     seed: int | None = None,
 ) -> Report:
     """Run the eager model, free it, then run the graph on the same inputs.
@@ -78,17 +81,18 @@ def verify(
         load_denoiser: gives the eager model in fp32.
         load_graph: gives a function that runs the graph on the CPU.
         spec: the graph's inputs and outputs.
-        recipe: how the graph was cut.
+        run_eager: runs the eager model on the same inputs, and gives the graph's outputs.
         signature: inputs of the whole model, which the eager model needs even where the graph does not.
         rows: batch sizes to compare at.
         precision: of the graph; sets the tolerance.
+        vocabulary: random token ids are below it.
         seed: of the random inputs; a fresh one if None.
     """
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     every_input = {tensor.name: tensor for tensor in (*signature, *spec.inputs)}.values()
-    cases = [random_inputs(tuple(every_input), size, generator) for size in rows]
+    cases = [random_inputs(tuple(every_input), size, generator, vocabulary) for size in rows]
     denoiser = load_denoiser()
-    expected = [run_recipe(denoiser, recipe, {name: tensor.float() for name, tensor in case.items()}) for case in cases]
+    expected = [run_eager(denoiser, {name: _widened(tensor) for name, tensor in case.items()}) for case in cases]
     del denoiser
     gc.collect()
     run = load_graph()
@@ -96,8 +100,8 @@ def verify(
     return Report(spec.name, TOLERANCES[precision], checks)
 
 
-def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Unit normal values for each tensor, and for ``timestep`` fractional steps between 0 and 1000.
+def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Generator, vocabulary: int = 1) -> dict[str, Tensor]:
+    """Unit normal values for each tensor, for ``timestep`` fractional steps between 0 and 1000, for integers token ids.
 
     The values are rounded to the tensors' dtypes, so that graph and model read the same numbers.
     """
@@ -106,6 +110,8 @@ def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Gen
         value = torch.randn(tensor.concrete(**{ROWS: rows}), generator=generator)
         if tensor.name == "timestep":
             value = torch.rand(value.shape, generator=generator) * 1000
+        elif tensor.dtype == "int64":
+            value = torch.randint(vocabulary, value.shape, generator=generator)
         values[tensor.name] = value.to(getattr(torch, tensor.dtype))
     return values
 
@@ -117,6 +123,10 @@ def _check(run: Run, spec: GraphSpec, inputs: Mapping[str, Tensor], expected: Ma
     errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     worst = max(errors, key=lambda name: _badness(errors[name]))
     return Check(rows, errors[worst], worst.removeprefix(CACHE_PREFIX))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -9,6 +9,7 @@ from tgate_trt.bundle import BESIDE, Bundle, EngineSet
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, compute_capability, gpu_is_present
 from tgate_trt.errors import InputError, StaleBundleError, UnsupportedError
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
+from tgate_trt.taps import GRAPHS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,6 +142,11 @@ def runtime_options(bundle: Bundle, *, cuda_graphs: bool = True, specialisation:
 
 def weight_files(bundle: Bundle, graph: str) -> tuple[Path, ...]:
     """The safetensors files of a graph's weights."""
+    if graph not in GRAPHS:
+        from tgate_trt.components import components_of
+        from tgate_trt.components import weight_files as files_of_component
+
+        return files_of_component(components_of(bundle.pipeline)[graph], bundle.folder)
     from tgate_trt.export.weights import WEIGHTS_FILE
 
     return (bundle.folder / WEIGHTS_FILE,)

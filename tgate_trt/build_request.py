@@ -31,11 +31,13 @@ class Request:
     graphs: tuple[str, ...]
     engines: EngineRequest
     verify: bool
+    components: bool = True
+    """Whether text encoders and the VAE's decoder become engines too."""
     discard_graphs: bool = False
     """Whether to leave out of the bundle what its engines do without: graphs and the denoiser's weights."""
 
     def rows(self, graph: str) -> Bounds:
-        """Rows of a graph: the fidelity graph runs without guidance, the others with or without."""
+        """Rows of a denoiser's graph: the fidelity graph runs without guidance, the others with or without."""
         images = self.batch_size
         if recipe(graph).takes_in:
             return images
@@ -56,6 +58,7 @@ def request_for(
     graphs: Sequence[str],
     engines: EngineRequest,
     verify: bool,
+    components: bool,
     discard_graphs: bool,
 ) -> Request:
     """Check what was asked for, and fill in what was not.
@@ -82,7 +85,7 @@ def request_for(
         )
     height, width = height or source.height, width or source.width
     source.signature(height, width, precision)
-    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify, discard_graphs)
+    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify, components, discard_graphs)
 
 
 def backends_for(backend: str | Sequence[str] | None) -> tuple[str, ...]:

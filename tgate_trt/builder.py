@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tgate_trt import engine_sets, models
 from tgate_trt.build_request import Request, backends_for, request_for
-from tgate_trt.bundle import TRACE, Bundle, EngineSet, Manifest, building, copy_into, describe_files, write_manifest
+from tgate_trt.bundle import PIPELINE, TRACE, Bundle, EngineSet, Manifest, building, copy_into, describe_files, write_manifest
 from tgate_trt.engine_sets import EngineRequest, requests_of
 from tgate_trt.engines.tensorrt_builder import PlanOptions
 from tgate_trt.errors import BundleError, StaleBundleError
@@ -42,6 +42,7 @@ def build(
     compute_capability: Sequence[str] = (),
     weights: str = "baked",
     plan_options: PlanOptions | None = None,
+    components: bool = True,
     discard_graphs: bool = False,
     random_weights: bool = False,
     verify: bool = True,
@@ -63,6 +64,7 @@ def build(
         weights: where those of TensorRT engines are: ``"baked"`` into the plan; ``"shared"``, one copy for all engines;
             or ``"shared-linear"``, shared but for those of convolutions.
         plan_options: further options of TensorRT plans.
+        components: whether text encoders and the VAE's decoder become engines too.
         discard_graphs: whether to leave graphs and weights out of the bundle that baked engines do without. Nothing can
             be added to it then.
         random_weights: whether to fill a named architecture with seeded random weights.
@@ -88,6 +90,7 @@ def build(
         graphs=graphs,
         engines=engines,
         verify=verify,
+        components=components,
         discard_graphs=discard_graphs,
     )
     target = Path(output) if output is not None else default_output(source, request)
@@ -131,7 +134,7 @@ def add_graph(bundle: Bundle, name: str) -> Bundle:
     if TRACE not in manifest.files:
         raise StaleBundleError(f"{bundle.folder} holds no graphs to add to; build it again without --discard-graphs")
     built_for = {**manifest.built_for, "batch_size": manifest.batch_size}
-    request = Request(**built_for, graphs=(name,), engines=EngineRequest(()), verify=False)
+    request = Request(**built_for, graphs=(name,), engines=EngineRequest(()), verify=False, components=False)
     with building(bundle.folder) as folder:
         copy_into(bundle, folder)
         _complete(folder, bundle.folder, None, request, manifest)
@@ -151,13 +154,14 @@ def _begin(folder: Path, source: models.ModelSource, request: Request, fingerpri
     """Write weights, the rest of the pipeline and the trace into an empty folder; no graph is cut yet."""
     import torch
 
+    from tgate_trt.components import components_of
     from tgate_trt.export import weights
     from tgate_trt.specs import DTYPES
 
     dtype = getattr(torch, DTYPES[request.precision])
     shapes = source.tensor_shapes()
     _timed("weights", lambda: weights.write(folder / weights.WEIGHTS_FILE, shapes, source.tensors(dtype), request.precision))
-    _timed("text encoders and VAE", lambda: source.save_rest(folder / "pipeline", dtype))
+    _timed("text encoders and VAE", lambda: source.save_rest(folder / PIPELINE, dtype))
     trace = _timed("trace", lambda: _trace(source, request, dtype))
     _save(trace, folder, TRACE)
     return Manifest(
@@ -166,6 +170,8 @@ def _begin(folder: Path, source: models.ModelSource, request: Request, fingerpri
             "reference": source.reference,
             "attribute": source.denoiser_attribute,
             "random_seed": source.random_seed,
+            "text_tokens": source.text_tokens,
+            "components": list(components_of(folder / PIPELINE)),
             "content": fingerprint["content"],
             "source": fingerprint,
         },
@@ -197,6 +203,8 @@ def _complete(folder: Path, target: Path, source: models.ModelSource | None, req
 
         trace = ir.load(folder / TRACE)
         specs |= {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in new}
+    if request.components:
+        specs |= _component_graphs(folder, request, manifest, specs)
     verification = dict(manifest.verification)
     if request.verify and source is not None:
         verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
@@ -206,6 +214,19 @@ def _complete(folder: Path, target: Path, source: models.ModelSource | None, req
     known = {name: entry for name, entry in manifest.files.items() if _is_unchanged(folder / name, target / name)}
     files = _timed("hashes", lambda: describe_files(folder, known))
     write_manifest(folder, dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files))
+
+
+def _component_graphs(folder: Path, request: Request, manifest: Manifest, specs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
+    """Write the graphs of text encoders and VAE that are not there yet."""
+    from tgate_trt.components import components_of, write_graph
+
+    written = {}
+    for graph, component in components_of(folder / PIPELINE).items():
+        if graph not in specs:
+            spec = component.spec(request.precision, request.height, request.width, manifest.model["text_tokens"], request.batch_size)
+            _timed(f"{graph} graph", partial(write_graph, component, folder, spec))
+            written[graph] = spec
+    return written
 
 
 def _discard_graphs(folder: Path, graphs: Iterable[str]) -> None:

@@ -62,7 +62,8 @@ class Manifest:
     """What a bundle is, what it was built from, with and for."""
 
     model: Mapping[str, Any]
-    """``name``, ``content`` (hash of what it was built from), ``source`` (its files), ``random_seed``, ``attribute``."""
+    """``name``, ``content`` (hash of what it was built from), ``source`` (its files), ``random_seed``, ``attribute`` of the denoiser in
+    a pipeline, ``text_tokens`` of a prompt, ``components`` (graphs that its text encoders and VAE can become)."""
     built_for: Mapping[str, Any]
     """What was asked for: ``precision``, ``height``, ``width``, ``batch_size`` …"""
     built_with: Mapping[str, str]

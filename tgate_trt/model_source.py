@@ -208,6 +208,7 @@ class ModelSource:
     def _save_model(self, name: str, kind: str, folder: Path, dtype: torch.dtype) -> None:
         """Write a text encoder or the VAE, holding at most one shard of its weights."""
         config = read_json(self.component(name) / "config.json")
+        dtype = dtype_of_component(config, dtype)
         if self.random_seed is None:
             tensors = read_tensors(weight_files(self.component(name)))
         else:
@@ -237,6 +238,13 @@ class ModelSource:
         text_config = read_json(self.component(name.replace("tokenizer", "text_encoder")) / "config.json")
         pads_with_first = name == "tokenizer_2" or text_config.get("hidden_act") == "gelu"
         stand_in_tokenizer.save_clip(folder, text_config, model_max_length=self.text_tokens, pad_with_first=pads_with_first)
+
+
+def dtype_of_component(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a text encoder or VAE in a bundle: SDXL's VAE overflows in fp16, as its configuration says, so it stays in fp32."""
+    import torch
+
+    return torch.float32 if config.get("force_upcast") and dtype == torch.float16 else dtype
 
 
 def source_of_folder(folder: Path, **known: Any) -> ModelSource:

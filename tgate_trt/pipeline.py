@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tgate_trt.backends import choose_backend, load_engine
+from tgate_trt.backends import EngineLoader, choose_backend, has_engine, runtime_options
 from tgate_trt.bundle import Bundle
+from tgate_trt.components import load_compiled, replace_components, restore_components
 from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import InputError
@@ -27,16 +28,24 @@ def load(
     device: str | torch.device | None = None,
     guidance: bool | None = None,
     threads: int | None = None,
+    low_memory: bool = False,
+    components: bool = True,
+    cuda_graphs: bool = True,
+    specialisation: str = "lazy",
 ) -> Any:
     """Load a bundle as a diffusers pipeline whose denoiser switches engines at the gate.
 
     Args:
         bundle: folder of a bundle, or a bundle that is open.
         gate_step: number of planning steps, a fraction of the steps, or ``"none"``; the model's own default if None.
-        backend: ``"onnxruntime"``; the first that runs here if None.
+        backend: of `tgate_trt.backends.BACKENDS`; the first that the bundle holds and that runs here if None.
         device: ``"cpu"`` or ``"cuda"``; where the backend runs best if None.
         guidance: whether runs use classifier-free guidance; read from the pipeline at each run if None.
         threads: CPU threads of an engine; one a core if None.
+        low_memory: whether to hold one of the denoiser's engines at a time; each is loaded anew in every run.
+        components: whether text encoders and the VAE's decoder run as engines too, where the bundle holds them.
+        cuda_graphs: whether TensorRT engines capture their launches and replay them.
+        specialisation: when TensorRT-RTX compiles kernels for a shape: ``"lazy"``, in the background; ``"eager"``; ``"none"``.
 
     Returns:
         The `DiffusionPipeline` that the bundle was built from, on the engines' device.
@@ -48,14 +57,16 @@ def load(
     from diffusers import DiffusionPipeline
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    engines = _Engines.load(opened, backend, device, threads)
+    loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation)
+    engines = _Engines.load(loader, low_memory)
     dtype = _pipeline_dtype(opened, engines.device)
     attribute = opened.manifest.model["attribute"]
-    architecture = architecture_of(opened, dtype)
-    pipeline = DiffusionPipeline.from_pretrained(
-        opened.pipeline, **{attribute: architecture}, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-    )
-    _put(pipeline, opened, engines, architecture, gate_step, guidance)
+    parts = load_compiled(opened, _component_graphs(loader) if components else (), loader.load, dtype)
+    given = {name: part.architecture for name, part in parts.items()} | {attribute: architecture_of(opened, dtype)}
+    pipeline = DiffusionPipeline.from_pretrained(opened.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    for name, part in parts.items():
+        setattr(pipeline, name, part)
+    _put(pipeline, opened, engines, given[attribute], gate_step, guidance)
     return pipeline.to(engines.device)
 
 
@@ -68,6 +79,10 @@ def apply(
     device: str | torch.device | None = None,
     guidance: bool | None = None,
     threads: int | None = None,
+    low_memory: bool = False,
+    components: bool = False,
+    cuda_graphs: bool = True,
+    specialisation: str = "lazy",
 ) -> Any:
     """Put a bundle's engines into a diffusers pipeline in the place of its UNet or transformer.
 
@@ -79,6 +94,10 @@ def apply(
         device: see `load`.
         guidance: see `load`.
         threads: see `load`.
+        low_memory: see `load`.
+        components: whether to replace the pipeline's text encoders and VAE too.
+        cuda_graphs: see `load`.
+        specialisation: see `load`.
 
     Returns:
         The same pipeline.
@@ -94,7 +113,10 @@ def apply(
     if not isinstance(denoiser, nn.Module):
         raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
     _refuse_another_model(denoiser, opened)
-    _put(pipeline, opened, _Engines.load(opened, backend, device, threads), denoiser, gate_step, guidance)
+    loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation)
+    _put(pipeline, opened, _Engines.load(loader, low_memory), denoiser, gate_step, guidance)
+    if components:
+        replace_components(pipeline, opened, _component_graphs(loader), loader.load)
     if isinstance(before, GatedDenoiser) and before.serves(pipeline):  # not one that `from_pipe` shares with another pipeline
         before.close()
     return pipeline
@@ -116,6 +138,7 @@ def remove(pipeline: Any) -> Any:
             if gated.serves(pipeline):
                 gated.close()
             setattr(pipeline, attribute, gated.replaces)
+            restore_components(pipeline)
             return pipeline
     raise InputError(f"{type(pipeline).__name__} has no engines of tgate-trt to remove")
 
@@ -137,25 +160,44 @@ class _Engines:
 
     planning: Engine
     fidelity: Engine
+    low_memory: bool
 
     @property
     def device(self) -> torch.device:
         return self.planning.device
 
     @classmethod
-    def load(cls, bundle: Bundle, backend: str | None, device: str | torch.device | None, threads: int | None) -> _Engines:
-        chosen = choose_backend(bundle, backend)
-        place = None if device is None else torch.device(device)
-        planning, fidelity = (
-            load_engine(bundle, graph, backend=chosen, device=place, threads=threads) for graph in ("planning", "fidelity")
-        )
-        return cls(planning, fidelity)
+    def load(cls, loader: EngineLoader, low_memory: bool) -> _Engines:
+        planning = loader.load("planning")
+        if low_memory:
+            planning.unload()
+        return cls(planning, loader.load("fidelity"), low_memory)
+
+
+def _loader(
+    bundle: Bundle, backend: str | None, device: str | torch.device | None, threads: int | None, *, cuda_graphs: bool, specialisation: str
+) -> EngineLoader:
+    options = runtime_options(bundle, cuda_graphs=cuda_graphs, specialisation=specialisation)
+    return EngineLoader(bundle, choose_backend(bundle, backend), None if device is None else torch.device(device), threads, options)
+
+
+def _component_graphs(loader: EngineLoader) -> list[str]:
+    """Graphs of components of which the bundle holds engines of the backend that runs."""
+    return [graph for graph in loader.bundle.manifest.model["components"] if has_engine(loader.bundle, graph, loader.backend)]
 
 
 def _put(pipeline: Any, bundle: Bundle, engines: _Engines, replaces: nn.Module, gate_step: GateStep | None, guidance: bool | None) -> None:
     if gate_step is None:
         gate_step = bundle.manifest.gate_step or DEFAULT_GATE_STEP
-    gated = GatedDenoiser(pipeline, replaces, engines.planning, engines.fidelity, gate_step=check_gate_step(gate_step), guidance=guidance)
+    gated = GatedDenoiser(
+        pipeline,
+        replaces,
+        engines.planning,
+        engines.fidelity,
+        gate_step=check_gate_step(gate_step),
+        guidance=guidance,
+        low_memory=engines.low_memory,
+    )
     setattr(pipeline, bundle.manifest.model["attribute"], gated)
 
 
@@ -177,6 +219,8 @@ def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
     own, built = denoiser.state_dict(), architecture_of(bundle, torch.float32).state_dict()
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
         raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
+    if WEIGHTS_FILE not in bundle.manifest.files:
+        return  # discarded: the architecture is all that can be compared
     with safe_open(bundle.folder / WEIGHTS_FILE, "pt") as weights:
         for name, tensor in own.items():
             if tensor.is_meta:

@@ -151,7 +151,10 @@ def save_rest(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
         InputError: if diffusers cannot read them.
     """
     import diffusers
+    import torch
     import transformers
+
+    from tgate_trt.model_source import dtype_of_component
 
     components = source.components()
     given = {
@@ -163,11 +166,14 @@ def save_rest(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
     pipeline_class = getattr(diffusers, source.index()["_class_name"])
     try:
         pipeline = pipeline_class.from_single_file(
-            str(source.checkpoint), config=str(source.folder), torch_dtype=dtype, local_files_only=True, **given
+            str(source.checkpoint), config=str(source.folder), torch_dtype=torch.float32, local_files_only=True, **given
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"diffusers cannot read {source.checkpoint} as a {pipeline_class.__name__}: {reason}") from error
     for name in components:
         if name != source.denoiser_attribute:
-            getattr(pipeline, name).save_pretrained(folder / name)
+            part: Any = getattr(pipeline, name)
+            if isinstance(part, torch.nn.Module):
+                part.to(dtype=dtype_of_component({"force_upcast": getattr(part.config, "force_upcast", False)}, dtype))
+            part.save_pretrained(folder / name)

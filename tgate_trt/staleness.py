@@ -44,13 +44,15 @@ def stale_reasons(manifest: Manifest, content: str | None, request: Request | No
 def missing_parts(manifest: Manifest, request: Request) -> list[str]:
     """What a request asks for and a bundle lacks, though its trace is what it would be now; empty if it lacks nothing."""
     parts = [f"the {graph} graph is new" for graph in request.graphs if graph not in manifest.graphs]
+    if request.components:
+        parts += [f"the {graph} graph is new" for graph in manifest.model["components"] if graph not in manifest.graphs]
     for backend in request.engines.backends:
         held = manifest.engines.get(backend)
         if held is None:
             parts.append(f"the {backend} backend is new")
         else:
             parts += engine_sets.stale_reasons(backend, held, request.engines)
-    if request.verify and set(request.graphs) & set(manifest.graphs) - set(manifest.verification):
+    if request.verify and set(manifest.graphs) - set(manifest.verification):
         parts.append("it was not verified")
     if request.discard_graphs and TRACE in manifest.files:
         parts.append("its graphs are to be discarded")

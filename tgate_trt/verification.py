@@ -10,11 +10,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgate_trt import errors
 from tgate_trt.errors import BuildError, TGateError
-from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
+from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec, TensorSpec
+from tgate_trt.taps import GRAPHS, recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from tgate_trt.export.verify import RunEager
+
+_LARGE_PICTURE = 512 * 512
+"""Pixels from which decoding takes minutes and gigabytes on a CPU."""
 
 _LARGE = 500_000_000
 """Parameters above which a check takes minutes on a CPU, so that there are fewer rows."""
@@ -67,23 +78,21 @@ def verify(task: Task) -> dict[str, Any]:
     """Verify in this process; see `verify_in_child`."""
     import torch
 
-    from tgate_trt import models
     from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
     from tgate_trt.export.verify import verify as compare
-    from tgate_trt.taps import recipe
 
-    source = models.resolve(task.model, random_weights=task.random_seed is not None, seed=task.random_seed or 0)
     spec = GraphSpec.from_json(task.graph, task.spec)
-    large = sum(torch.Size(shape).numel() for shape in source.tensor_shapes().values()) > _LARGE
+    reference = _denoiser(task) if task.graph in GRAPHS else _component(task, spec)
     every_row = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, 1, MAXIMUM_ROWS)})
     report = compare(
-        lambda: source.load_denoiser(torch.float32),
+        reference.load,
         lambda: OnnxRuntimeEngine(Path(task.folder) / f"{task.graph}.onnx", every_row, device=torch.device("cpu")).run,
         spec,
-        recipe(task.graph),
-        source.signature(task.height, task.width, task.precision),
-        rows=(1, 2) if large else (1, 2, 3),
-        precision=task.precision,
+        reference.run,
+        reference.signature,
+        rows=reference.rows,
+        precision=reference.precision,
+        vocabulary=reference.vocabulary,
     )
     report.raise_if_wrong()
     return {
@@ -91,6 +100,58 @@ def verify(task: Task) -> dict[str, Any]:
         "tolerance": report.tolerance,
         "checks": [dataclasses.asdict(check) for check in report.checks],
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """The eager model that a graph is compared with."""
+
+    load: Callable[[], nn.Module]
+    run: RunEager
+    signature: tuple[TensorSpec, ...]
+    rows: tuple[int, ...]
+    """Batch sizes to compare at; fewer where each takes minutes on a CPU."""
+    precision: str
+    vocabulary: int = 1
+    """Token ids are below it."""
+
+
+def _denoiser(task: Task) -> _Reference:
+    """The denoiser, from the model's own files."""
+    import torch
+
+    from tgate_trt import models
+    from tgate_trt.export.eager import run_recipe
+
+    source = models.resolve(task.model, random_weights=task.random_seed is not None, seed=task.random_seed or 0)
+    is_large = sum(torch.Size(shape).numel() for shape in source.tensor_shapes().values()) > _LARGE
+    return _Reference(
+        lambda: source.load_denoiser(torch.float32),
+        lambda denoiser, inputs: run_recipe(denoiser, recipe(task.graph), inputs),
+        source.signature(task.height, task.width, task.precision),
+        (1, 2) if is_large else (1, 2, 3),
+        task.precision,
+    )
+
+
+def _component(task: Task, spec: GraphSpec) -> _Reference:
+    """A text encoder or VAE, from the bundle's own files, which hold its weights in the bundle's precision."""
+    import torch
+
+    from tgate_trt.bundle import PIPELINE
+    from tgate_trt.components import components_of
+    from tgate_trt.export.components import run_component
+
+    pipeline = Path(task.folder) / PIPELINE
+    component = components_of(pipeline)[task.graph]
+    return _Reference(
+        lambda: component.load(pipeline, torch.float32),
+        lambda model, inputs: run_component(component.wrap(model), inputs),
+        spec.inputs,
+        (1,) if task.height * task.width >= _LARGE_PICTURE else (1, 2),
+        component.precision(task.precision),
+        component.config.get("vocab_size", 1),
+    )
 
 
 def main(argument: str) -> None:

@@ -40,6 +40,7 @@ def build(
         str,
         typer.Option(help="Of TensorRT engines: baked into each; shared, one copy for all; shared-linear, shared but for convolutions'."),
     ] = "baked",
+    components: Annotated[bool, typer.Option(help="Make engines of text encoders and the VAE's decoder too.")] = True,
     discard_graphs: Annotated[
         bool, typer.Option("--discard-graphs", help="Leave graphs and weights out of the bundle that baked engines do without.")
     ] = False,
@@ -89,6 +90,7 @@ def build(
                 refittable=refittable,
                 stripped=strip,
             ),
+            components=components,
             discard_graphs=discard_graphs,
             random_weights=random_weights,
             verify=verify,

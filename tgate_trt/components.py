@@ -1,0 +1,307 @@
+"""Which parts of a pipeline beside its denoiser become graphs, and what stands in their places when a bundle is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.bundle import PIPELINE
+from tgate_trt.engines.base import Engine
+from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED, TextEncoder, VaeDecoder, attach, trace_component
+from tgate_trt.specs import DTYPES, ROWS, Bounds, GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from tgate_trt.bundle import Bundle
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+VAE_DECODER = "vae_decoder"
+
+_SD = {"text_encoder": (LAST,), VAE_DECODER: (PIXELS,)}
+_SDXL = {"text_encoder": (LAST, PENULTIMATE), "text_encoder_2": (POOLED, PENULTIMATE), VAE_DECODER: (PIXELS,)}
+_OUTPUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": _SD,
+    "LatentConsistencyModelPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+}
+"""What each family of pipelines reads of its components, by graph."""
+
+_KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a pipeline that becomes a graph."""
+
+    graph: str
+    name: str
+    """Of the pipeline's component, and of its folder."""
+    outputs: tuple[str, ...]
+    config: Mapping[str, Any]
+    kind: str
+    """Class in transformers or diffusers."""
+
+    def wrap(self, model: nn.Module) -> TextEncoder | VaeDecoder:
+        """The model behind the graph's inputs and outputs."""
+        return VaeDecoder(model) if self.graph == VAE_DECODER else TextEncoder(model, self.outputs)
+
+    def precision(self, precision: str) -> str:
+        """That of its graph: SDXL's VAE overflows in fp16, as its configuration says, so it stays in fp32."""
+        return "fp32" if self.config.get("force_upcast") and precision == "fp16" else precision
+
+    def spec(self, precision: str, height: int, width: int, tokens: int, images: Bounds) -> GraphSpec:
+        """What its graph takes and gives for pictures of a size in pixels."""
+        dtype = DTYPES[self.precision(precision)]
+        if self.graph == VAE_DECODER:
+            factor = 2 ** (len(self.config["block_out_channels"]) - 1)
+            takes = TensorSpec("latents", dtype, (ROWS, self.config.get("latent_channels", 4), height // factor, width // factor))
+            gives = [TensorSpec(PIXELS, dtype, (ROWS, self.config.get("out_channels", 3), height, width))]
+        else:
+            takes = TensorSpec("input_ids", "int64", (ROWS, tokens))
+            states = (ROWS, tokens, self.config["hidden_size"])
+            shapes = {LAST: states, PENULTIMATE: states, POOLED: (ROWS, self.config.get("projection_dim", 512))}
+            gives = [TensorSpec(name, dtype, shapes[name]) for name in self.outputs]
+        return GraphSpec(self.graph, (takes,), tuple(gives), {ROWS: images})
+
+    def on_meta(self, dtype: torch.dtype) -> nn.Module:
+        """Its architecture without weights, in eval mode."""
+        import diffusers
+        import transformers
+
+        with torch.device("meta"):
+            if self.graph == VAE_DECODER:
+                model: nn.Module = getattr(diffusers, self.kind).from_config(dict(self.config))
+            else:
+                loader = getattr(transformers, self.kind)
+                model = loader(loader.config_class.from_dict(dict(self.config)))
+        return nn.Module.to(model.eval(), dtype).requires_grad_(False)
+
+    def load(self, pipeline: Path, dtype: torch.dtype) -> nn.Module:
+        """The component in eager PyTorch, from a pipeline's folder."""
+        import diffusers
+        import transformers
+
+        loader = getattr(diffusers if self.graph == VAE_DECODER else transformers, self.kind)
+        model: nn.Module = loader.from_pretrained(pipeline / self.name, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        return model.eval().requires_grad_(False)
+
+
+def components_of(pipeline: Path) -> dict[str, Component]:
+    """The parts of a pipeline that become graphs, by graph; none for families that are not known.
+
+    Args:
+        pipeline: diffusers folder.
+    """
+    index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
+    found = {}
+    for graph, outputs in _OUTPUTS.get(index["_class_name"], {}).items():
+        name = "vae" if graph == VAE_DECODER else graph
+        kind = (index.get(name) or [None, None])[1]
+        if kind not in _KINDS:
+            continue
+        config = json.loads((pipeline / name / "config.json").read_text(encoding="utf-8"))
+        if config.get("use_attention_mask"):  # the pipeline passes a mask, which the graph does not take
+            continue
+        found[graph] = Component(graph, name, outputs, config, kind)
+    return found
+
+
+def write_graph(component: Component, folder: Path, spec: GraphSpec) -> None:
+    """Trace a component without its weights, and save its graph in the bundle's folder."""
+    import onnx_ir as ir
+
+    dtype = getattr(torch, spec.outputs[0].dtype)
+    model = trace_component(component.wrap(component.on_meta(dtype)), spec.inputs)
+    attach(model, folder, weight_files(component, folder))
+    ir.save(model, folder / f"{component.graph}.onnx")
+
+
+def weight_files(component: Component, folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a component in a bundle's folder."""
+    return tuple(sorted((folder / PIPELINE / component.name).glob("*.safetensors")))
+
+
+class _Compiled(nn.Module):
+    """Stands where a component stood, and runs an engine.
+
+    What a pipeline reads of the component besides is read from its architecture, or from the eager component, which is
+    loaded when first asked for. Who reaches for the eager component may change it, by a LoRA, by tiling; so from then on
+    it is what runs.
+    """
+
+    def __init__(self, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        # Past nn.Module's registry: neither may move with the pipeline's `.to()`, one has no weights to move.
+        object.__setattr__(self, "architecture", architecture)
+        object.__setattr__(self, "_load_eager", eager)
+        object.__setattr__(self, "_eager", None)
+        self.engine = engine
+        self.is_touched = False
+        self._memory: dict[int, dict[str, Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        if name == "device":
+            return self.engine.device
+        if name in ("config", "dtype"):
+            return getattr(self.architecture, name)
+        if name.startswith("_") or not hasattr(self.architecture, name):
+            raise AttributeError(f"{type(self.architecture).__name__} has no attribute {name!r}")
+        self.is_touched = True
+        return getattr(self.eager(), name)
+
+    def eager(self) -> nn.Module:
+        """The component in eager PyTorch, on the engine's device."""
+        if object.__getattribute__(self, "_eager") is None:
+            object.__setattr__(self, "_eager", object.__getattribute__(self, "_load_eager")())
+        eager: nn.Module = object.__getattribute__(self, "_eager")
+        return eager
+
+    def run(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Run the engine on its one input; gives copies, in the component's dtype."""
+        (takes,) = self.engine.spec.inputs
+        value = tensor.to(self.engine.device, getattr(torch, takes.dtype)).contiguous()
+        rows = value.shape[0]
+        if rows not in self._memory:
+            self._memory = {
+                rows: {
+                    gives.name: torch.empty(gives.concrete(**{ROWS: rows}), dtype=getattr(torch, gives.dtype), device=self.engine.device)
+                    for gives in self.engine.spec.outputs
+                }
+            }
+        self.engine.run({takes.name: value}, self._memory[rows])
+        return {name: output.to(self.architecture.dtype, copy=True) for name, output in self._memory[rows].items()}
+
+    def close(self) -> None:
+        """Free the engine and its buffers."""
+        self.engine.close()
+        self._memory.clear()
+
+
+class CompiledTextEncoder(_Compiled):
+    """Stands where ``pipe.text_encoder`` or ``pipe.text_encoder_2`` stood."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False, **others: Any) -> Any:
+        """Encode ids as the eager encoder does; it is what runs where the graph does not give what is asked for.
+
+        Args:
+            input_ids: ``[rows, tokens]``.
+            attention_mask: None, or the eager encoder runs.
+            output_hidden_states: whether to give the layers' states; the graph gives the last but one, SDXL's.
+            **others: see transformers.
+        """
+        tokens = self.engine.spec.inputs[0].shape[1]
+        gives = {tensor.name for tensor in self.engine.spec.outputs}
+        is_plain = not self.is_touched and attention_mask is None and not others and input_ids.shape[1] == tokens
+        if not is_plain or (output_hidden_states and PENULTIMATE not in gives):
+            return self._run_eager(input_ids, attention_mask=attention_mask, output_hidden_states=output_hidden_states, **others)
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+        found = self.run(input_ids)
+        states: Any = None
+        if output_hidden_states:
+            states = _HiddenStates(found[PENULTIMATE], lambda: self._run_eager(input_ids, output_hidden_states=True).hidden_states)
+        if POOLED in found:
+            return CLIPTextModelOutput(text_embeds=found[POOLED], hidden_states=states)
+        return BaseModelOutputWithPooling(last_hidden_state=found[LAST], hidden_states=states)
+
+    def _run_eager(self, *arguments: Any, **keywords: Any) -> Any:
+        with torch.no_grad():
+            return self.eager()(*arguments, **keywords)
+
+
+class _HiddenStates(tuple[Tensor, ...]):
+    """States of all layers, of which the last but one is at hand; the others are computed when asked for (``clip_skip``)."""
+
+    def __new__(cls, penultimate: Tensor, compute: Callable[[], tuple[Tensor, ...]]) -> _HiddenStates:
+        made = super().__new__(cls, (penultimate,))
+        made.compute = compute  # type: ignore[attr-defined]
+        return made
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(0) if index == -2 else self.compute()[index]  # type: ignore[attr-defined]
+
+
+class CompiledVae(_Compiled):
+    """Stands where ``pipe.vae`` stood: decodes by an engine, encodes by the eager VAE."""
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        """Decode latents ``[rows, channels, height, width]``, not scaled, as `AutoencoderKL.decode` does."""
+        expected = self.engine.spec.inputs[0].shape[1:]
+        if self.is_touched or tuple(z.shape[1:]) != expected:
+            eager: Any = self.eager()
+            with torch.no_grad():
+                return eager.decode(z.to(eager.dtype), return_dict=return_dict)
+        pixels = self.run(z)[PIXELS]
+        if not return_dict:
+            return (pixels,)
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        return DecoderOutput(sample=pixels)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Encode pixels as `AutoencoderKL.encode` does."""
+        eager: Any = self.eager()
+        with torch.no_grad():
+            return eager.encode(x, return_dict=return_dict)
+
+
+def compiled(component: Component, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> _Compiled:
+    """What stands in a component's place."""
+    kind = CompiledVae if component.graph == VAE_DECODER else CompiledTextEncoder
+    return kind(engine, architecture, eager)
+
+
+def load_compiled(bundle: Bundle, graphs: Sequence[str], load_engine: Callable[[str], Engine], dtype: torch.dtype) -> dict[str, _Compiled]:
+    """The compiled components of a bundle, by the pipeline's attribute.
+
+    Args:
+        bundle: with graphs of components.
+        graphs: of those, which to load.
+        load_engine: gives a graph's engine.
+        dtype: of the pipeline, in which an eager component is loaded and outputs are given.
+    """
+    loaded = {}
+    for graph, component in components_of(bundle.pipeline).items():
+        if graph not in graphs:
+            continue
+        engine = load_engine(graph)
+        own = torch.float32 if component.precision("fp16") == "fp32" else dtype
+
+        def eager(component: Component = component, engine: Engine = engine, own: torch.dtype = own) -> nn.Module:
+            return component.load(bundle.pipeline, own).to(engine.device)
+
+        loaded[component.name] = compiled(component, engine, component.on_meta(own), eager)
+    return loaded
+
+
+def replace_components(pipeline: Any, bundle: Bundle, graphs: Sequence[str], load_engine: Callable[[str], Engine]) -> None:
+    """Put engines in the places of a pipeline's own text encoders and VAE; see `load_compiled`."""
+    for graph, component in components_of(bundle.pipeline).items():
+        if graph in graphs:
+            own = getattr(pipeline, component.name)
+            eager = own.eager() if isinstance(own, _Compiled) else own
+            setattr(pipeline, component.name, compiled(component, load_engine(graph), eager, partial(_same, eager)))
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
+
+
+def restore_components(pipeline: Any) -> None:
+    """Put the eager components back where compiled ones stand, and free their engines."""
+    for name in (*TEXT_ENCODERS, "vae"):
+        part = getattr(pipeline, name, None)
+        if isinstance(part, _Compiled):
+            setattr(pipeline, name, part.eager())
+            part.close()
