@@ -186,6 +186,8 @@ def test_a_module_that_is_not_installed_is_one_sentence() -> None:
 def test_a_cancelled_build_leaves_nothing(graph: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: both the command and its builder."""
     code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 from pathlib import Path
 from tests_spec import SPEC, WEIGHT
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan

@@ -19,7 +19,7 @@ from tgate_trt.inspection import state_of
 
 pytestmark = pytest.mark.skipif(not RTX.is_installed(), reason="tensorrt-rtx is not installed here")
 
-RTX_ONLY = {"backend": "tensorrt-rtx", "precision": "fp32", "verify": False}
+RTX_ONLY = {"backend": "tensorrt-rtx", "precision": "fp32", "verify": False, "components": False}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path, other_check
     ``other`` of `other_checkpoint`, with ONNX Runtime's. Read only.
     """
     folder = tmp_path_factory.mktemp("bundles")
-    tgate_trt.build(tiny_sd, folder / "baked", backend=["onnxruntime", "tensorrt-rtx"], compute_capability=["SM86", "SM89"], verify=False)
-    tgate_trt.build(other_checkpoint, folder / "other", verify=False)
+    tgate_trt.build(
+        tiny_sd,
+        folder / "baked",
+        backend=["onnxruntime", "tensorrt-rtx"],
+        compute_capability=["SM86", "SM89"],
+        verify=False,
+        components=False,
+    )
+    tgate_trt.build(other_checkpoint, folder / "other", verify=False, components=False)
     return folder
 
 

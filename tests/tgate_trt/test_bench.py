@@ -152,7 +152,8 @@ def built(tiny_sd_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_a_build_is_measured(built: tuple[Bundle, Path]) -> None:
     bundle, output = built
     (found,) = record.read_records(output)
-    assert (found["what"], found["subject"]) == ("build", {"model": "tiny-sd", "precision": "fp32", "random_weights": True})
+    subject = {"model": "tiny-sd", "precision": "fp32", "random_weights": True, "variant": "onnxruntime"}
+    assert (found["what"], found["subject"]) == ("build", subject)
     results = found["results"]
     assert {"weights", "trace", "planning graph", "fidelity graph"} <= results["stages"].keys()
     assert 0 < sum(results["stages"].values()) < results["seconds"]

@@ -322,8 +322,8 @@ def test_the_rest_of_a_folder_loads_offline_around_an_empty_denoiser(tiny_sdxl: 
     source = models.resolve(tiny_sdxl)
     source.save_rest(tmp_path, dtype)
     assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json"}
-    stored = {tensor.dtype for file in tmp_path.rglob("*.safetensors") for tensor in load_file(file).values()}
-    assert stored == {dtype}
+    for file in tmp_path.rglob("*.safetensors"):  # the VAE says that it overflows in fp16
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32 if file.parent.name == "vae" else dtype}
     ours = DiffusionPipeline.from_pretrained(tmp_path, unet=source.denoiser_on_meta(), local_files_only=True, dtype=torch.float32)
     theirs = DiffusionPipeline.from_pretrained(tiny_sdxl)
     latents, tolerance = torch.randn(1, 4, 8, 8), 0 if dtype is torch.float32 else 0.02
