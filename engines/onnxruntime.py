@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import onnx_ir
 import onnxruntime
 import torch
 from torch import Tensor
@@ -81,7 +82,12 @@ class OnnxRuntimeEngine:
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
-        self._weights = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in weights.items()}
+        own = set(onnx_ir.load(self._path).graph.initializers)
+        self._weights = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().contiguous().numpy())
+            for name, tensor in weights.items()
+            if name in own
+        }
         self.unload()
 
     def unload(self) -> None:

@@ -229,11 +229,12 @@ class TensorRTEngine:
     def _refit_engine(self, engine: tensorrt.ICudaEngine) -> None:
         """Put in the weights that a stripped plan lacks, and those that are to differ."""
         refitter = self._trt.Refitter(engine, self._logger)
-        missing = set(refitter.get_missing_weights()) - set(self._refit)
-        if not missing and not self._refit:
+        refit = {name: tensor for name, tensor in self._refit.items() if name in refitter.get_all_weights()}
+        missing = set(refitter.get_missing_weights()) - set(refit)
+        if not missing and not refit:
             return
         kept_alive = []  # TensorRT reads the host's memory when it refits, not before
-        for name, tensor in (*read_weights(self._weight_files, missing), *self._refit.items()):
+        for name, tensor in (*read_weights(self._weight_files, missing), *refit.items()):
             on_host = tensor.cpu().contiguous()
             kept_alive.append(on_host)
             kind = getattr(self._trt.DataType, _KINDS[on_host.dtype])

@@ -32,6 +32,7 @@ def test_public_api() -> None:
         "apply",
         "build",
         "load",
+        "refit",
         "remove",
     ]
     for name in tgate_trt.__all__:

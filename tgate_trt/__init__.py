@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tgate_trt.pipeline import apply as apply
     from tgate_trt.pipeline import load as load
     from tgate_trt.pipeline import remove as remove
+    from tgate_trt.refitting import refit as refit
     from tgate_trt.schedule import GateSchedule as GateSchedule
 
 _LAZY = {
@@ -38,6 +39,7 @@ _LAZY = {
     "apply": "pipeline",
     "build": "builder",
     "load": "pipeline",
+    "refit": "refitting",
     "remove": "pipeline",
 }
 """Module of each name that needs PyTorch, or leads to it: `import tgate_trt` alone loads none of it."""
@@ -57,6 +59,7 @@ __all__ = [
     "apply",
     "build",
     "load",
+    "refit",
     "remove",
 ]
 

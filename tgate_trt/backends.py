@@ -87,12 +87,21 @@ class EngineLoader:
     _weights: dict[tuple[Path, ...], SharedWeights] = dataclasses.field(default_factory=dict)
 
     def load(self, graph: str) -> Engine:
-        """Load one engine.
+        """Load one engine, with the LoRAs that were put into the bundle.
 
         Raises:
             BundleError: if the bundle holds no such engine, or it cannot be loaded.
             UnsupportedError: if the backend is not to be had here.
         """
+        from tgate_trt.refitting import component_of, fused, loras_of
+
+        engine = self._load(graph)
+        weights = fused(self.bundle, loras_of(self.bundle), component_of(self.bundle, graph))
+        if weights:
+            engine.replace_weights(weights)
+        return engine
+
+    def _load(self, graph: str) -> Engine:
         spec = self.bundle.graph(graph)
         path = self.bundle.folder / self.bundle.manifest.engines[self.backend].files[graph]
         if self.backend == ONNXRUNTIME:

@@ -17,6 +17,7 @@ from tgate_trt.bundle import PIPELINE, TRACE, Bundle, EngineSet, Manifest, build
 from tgate_trt.engine_sets import EngineRequest, requests_of
 from tgate_trt.engines.tensorrt_builder import PlanOptions
 from tgate_trt.errors import BundleError, StaleBundleError
+from tgate_trt.lora import LoraFile
 from tgate_trt.specs import Bounds, GraphSpec
 from tgate_trt.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.taps import recipe
@@ -42,6 +43,7 @@ def build(
     compute_capability: Sequence[str] = (),
     weights: str = "baked",
     plan_options: PlanOptions | None = None,
+    lora: Sequence[str | LoraFile] = (),
     components: bool = True,
     discard_graphs: bool = False,
     random_weights: bool = False,
@@ -64,6 +66,7 @@ def build(
         weights: where those of TensorRT engines are: ``"baked"`` into the plan; ``"shared"``, one copy for all engines;
             or ``"shared-linear"``, shared but for those of convolutions.
         plan_options: further options of TensorRT plans.
+        lora: files to fuse into the weights, ``"FILE"`` or ``"FILE:SCALE"``.
         components: whether text encoders and the VAE's decoder become engines too.
         discard_graphs: whether to leave graphs and weights out of the bundle that baked engines do without. Nothing can
             be added to it then.
@@ -78,7 +81,8 @@ def build(
         InputError: if the model or an argument cannot be used.
         BuildError: if the trace, a cut or an engine fails, or a graph differs from the eager model.
     """
-    source = models.resolve(model, random_weights=random_weights)
+    loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in lora]
+    source = models.resolve(model, random_weights=random_weights, lora=loras)
     options = dataclasses.replace(plan_options or PlanOptions(), capabilities=tuple(compute_capability))
     engines = EngineRequest(backends_for(backend), weights, options)
     request = request_for(
@@ -170,6 +174,7 @@ def _begin(folder: Path, source: models.ModelSource, request: Request, fingerpri
             "reference": source.reference,
             "attribute": source.denoiser_attribute,
             "random_seed": source.random_seed,
+            "lora": [(str(one.path), one.scale) for one in source.lora],
             "text_tokens": source.text_tokens,
             "components": list(components_of(folder / PIPELINE)),
             "content": fingerprint["content"],
@@ -295,7 +300,15 @@ def _verify_all(folder: Path, source: models.ModelSource, request: Request, spec
     reports = {}
     for name, spec in specs.items():
         task = Task(
-            source.reference, source.random_seed, str(folder), name, request.precision, spec.to_json(), request.height, request.width
+            source.reference,
+            source.random_seed,
+            [(str(one.path), one.scale) for one in source.lora],
+            str(folder),
+            name,
+            request.precision,
+            spec.to_json(),
+            request.height,
+            request.width,
         )
         reports[name] = report = _timed(f"verification of {name}", partial(verify_in_child, task))
         worst = max(check["error"] for check in report["checks"])

@@ -5,6 +5,7 @@
     planning.onnx …       graphs, by name
     planning.<backend>.plan … engines that are files of their own
     weights.safetensors   the denoiser's weights, once for all graphs
+    lora/                 LoRAs that were put in after the build
     pipeline/             the rest of the diffusers pipeline: tokenizers, text encoders, VAE, scheduler
     .stamps.json          size, time and inode of each file when its hash was last found right on this machine
 
@@ -20,7 +21,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ class Manifest:
     """The model's default number of sampling steps."""
     guidance_scale: float | None
     """The model's default, or None for the pipeline's."""
+    lora: Sequence[Mapping[str, Any]] = ()
+    """LoRAs that were put in after the build: ``file`` in the bundle, ``scale``, and the ``name`` that the file had."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``size`` in bytes and ``sha256`` of every file, by path in the bundle."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tgate_trt.bundle import PIPELINE
 from tgate_trt.engines.base import Engine
+from tgate_trt.errors import UnsupportedError
 from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED, TextEncoder, VaeDecoder, attach, trace_component
 from tgate_trt.specs import DTYPES, ROWS, Bounds, GraphSpec, TensorSpec
 
@@ -127,7 +128,7 @@ def weight_files(component: Component, folder: Path) -> tuple[Path, ...]:
     return tuple(sorted((folder / PIPELINE / component.name).glob("*.safetensors")))
 
 
-class _Compiled(nn.Module):
+class Compiled(nn.Module):
     """Stands where a component stood, and runs an engine.
 
     What a pipeline reads of the component besides is read from its architecture, or from the eager component, which is
@@ -143,6 +144,8 @@ class _Compiled(nn.Module):
         object.__setattr__(self, "_eager", None)
         self.engine = engine
         self.is_touched = False
+        self.replaced: Mapping[str, Tensor] = {}
+        """Weights that the engine has instead of those of the bundle, and that an eager component is given too."""
         self._memory: dict[int, dict[str, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -162,9 +165,23 @@ class _Compiled(nn.Module):
     def eager(self) -> nn.Module:
         """The component in eager PyTorch, on the engine's device."""
         if object.__getattribute__(self, "_eager") is None:
-            object.__setattr__(self, "_eager", object.__getattribute__(self, "_load_eager")())
+            loaded: nn.Module = object.__getattribute__(self, "_load_eager")()
+            write_weights(loaded, self.replaced)
+            object.__setattr__(self, "_eager", loaded)
         eager: nn.Module = object.__getattribute__(self, "_eager")
         return eager
+
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`.
+
+        Raises:
+            UnsupportedError: if the eager component was reached for, and so may have been changed.
+        """
+        if self.is_touched:
+            raise UnsupportedError(f"the pipeline's {type(self.architecture).__name__} was changed by other means; load the bundle again")
+        self.engine.replace_weights(weights)
+        self.replaced = dict(weights)
+        object.__setattr__(self, "_eager", None)
 
     def run(self, tensor: Tensor) -> dict[str, Tensor]:
         """Run the engine on its one input; gives copies, in the component's dtype."""
@@ -187,7 +204,7 @@ class _Compiled(nn.Module):
         self._memory.clear()
 
 
-class CompiledTextEncoder(_Compiled):
+class CompiledTextEncoder(Compiled):
     """Stands where ``pipe.text_encoder`` or ``pipe.text_encoder_2`` stood."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False, **others: Any) -> Any:
@@ -232,7 +249,7 @@ class _HiddenStates(tuple[Tensor, ...]):
         return super().__getitem__(0) if index == -2 else self.compute()[index]  # type: ignore[attr-defined]
 
 
-class CompiledVae(_Compiled):
+class CompiledVae(Compiled):
     """Stands where ``pipe.vae`` stood: decodes by an engine, encodes by the eager VAE."""
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
@@ -256,13 +273,20 @@ class CompiledVae(_Compiled):
             return eager.encode(x, return_dict=return_dict)
 
 
-def compiled(component: Component, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> _Compiled:
+def compiled(component: Component, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> Compiled:
     """What stands in a component's place."""
     kind = CompiledVae if component.graph == VAE_DECODER else CompiledTextEncoder
     return kind(engine, architecture, eager)
 
 
-def load_compiled(bundle: Bundle, graphs: Sequence[str], load_engine: Callable[[str], Engine], dtype: torch.dtype) -> dict[str, _Compiled]:
+def write_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write over some of a module's weights, whose names may have the prefix that transformers 5 leaves out."""
+    state = module.state_dict()
+    for name, value in weights.items():
+        state[name if name in state else name.removeprefix("text_model.")].copy_(value)
+
+
+def load_compiled(bundle: Bundle, graphs: Sequence[str], load_engine: Callable[[str], Engine], dtype: torch.dtype) -> dict[str, Compiled]:
     """The compiled components of a bundle, by the pipeline's attribute.
 
     Args:
@@ -290,7 +314,7 @@ def replace_components(pipeline: Any, bundle: Bundle, graphs: Sequence[str], loa
     for graph, component in components_of(bundle.pipeline).items():
         if graph in graphs:
             own = getattr(pipeline, component.name)
-            eager = own.eager() if isinstance(own, _Compiled) else own
+            eager = own.eager() if isinstance(own, Compiled) else own
             setattr(pipeline, component.name, compiled(component, load_engine(graph), eager, partial(_same, eager)))
 
 
@@ -302,6 +326,6 @@ def restore_components(pipeline: Any) -> None:
     """Put the eager components back where compiled ones stand, and free their engines."""
     for name in (*TEXT_ENCODERS, "vae"):
         part = getattr(pipeline, name, None)
-        if isinstance(part, _Compiled):
+        if isinstance(part, Compiled):
             setattr(pipeline, name, part.eager())
             part.close()

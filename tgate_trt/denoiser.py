@@ -91,6 +91,8 @@ class GatedDenoiser(nn.Module):
         self.gate_step = check_gate_step(gate_step)
         self.guidance = guidance
         self._kept_half = HALVES[half]
+        self.built_from: Any = None
+        """Bundle and backend of the engines, where they are of one."""
         self._low_memory = low_memory and planning is not fidelity
         self._run: _Run | None = None
         self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}

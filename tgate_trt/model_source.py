@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,8 @@ from tgate_trt.stored_weights import read_json, read_tensors, weight_files, writ
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from tgate_trt.lora import Lora, LoraFile
 
 INDEX = "model_index.json"
 RANDOM_NOTICE = "RANDOM_WEIGHTS.txt"
@@ -63,6 +65,8 @@ class ModelSource:
     """Folders of components that are not in ``folder``."""
     revision: str | None = None
     """Commit of a model from the hub."""
+    lora: tuple[LoraFile, ...] = ()
+    """Fused into its weights wherever they are read."""
 
     def component(self, name: str) -> Path:
         """Folder of a component."""
@@ -124,6 +128,7 @@ class ModelSource:
                 files |= {f"{name}/{path.name}": path for path in sorted(folder.glob("*")) if path.is_file()}
         if self.checkpoint is not None:
             files["checkpoint.safetensors"] = self.checkpoint
+        files |= {f"lora/{index}:{one.scale}": one.path for index, one in enumerate(self.lora)}
         return files
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -139,8 +144,32 @@ class ModelSource:
         Raises:
             InputError: if the files lack a tensor or hold it in another shape.
         """
-        for name, tensor in self._stored_tensors():
+        for name, tensor in self.fused(self.denoiser_attribute, self._stored_tensors()):
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def fused(self, component: str, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """A component's weights with the LoRAs in them, in fp32 where there are any, so that they are rounded once."""
+        if not self.lora:
+            return iter(tensors)
+        from tgate_trt.lora import fuse
+
+        widened = ((name, tensor.float() if tensor.is_floating_point() else tensor) for name, tensor in tensors)
+        return fuse(self.loras(), component, widened)
+
+    def loras(self) -> list[Lora]:
+        """The LoRAs, read and checked against the denoiser's weights.
+
+        Raises:
+            InputError: if one is not of this architecture.
+        """
+        from tgate_trt.lora import Lora
+
+        loras = [Lora.read(file, self.denoiser_config()) for file in self.lora]
+        for lora in loras:
+            lora.check(self.denoiser_attribute, self.tensor_shapes())
+            for component in set(lora.factors) - set(self.components()):
+                raise InputError(f"{lora.file.path} changes the {component}, which this model does not have")
+        return loras
 
     def _stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same in the dtypes in which they are stored or drawn."""
@@ -215,6 +244,7 @@ class ModelSource:
             from tgate_trt.random_weights import state_tensors
 
             tensors = state_tensors(_on_meta(kind, config), seed=self.random_seed, component=name)
+        tensors = self.fused(name, tensors)
         stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
         write_component(folder, stem, tensors, dtype)
         _write_json(folder / "config.json", config)

@@ -7,21 +7,25 @@ turns each into a `ModelSource`. Configurations of the named models are shipped,
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import difflib
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgate_trt import demo
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.model_source import ModelSource, source_of_checkpoint, source_of_folder, source_of_hub
 from tgate_trt.specs import ROWS, TensorSpec
+
+if TYPE_CHECKING:
+    from tgate_trt.lora import LoraFile
 
 __all__ = ["ARCHITECTURES", "Architecture", "ModelSource", "resolve", "signature"]
 
@@ -80,6 +84,7 @@ def resolve(
     random_weights: bool = False,
     seed: int = 0,
     config: str | os.PathLike[str] | None = None,
+    lora: Sequence[LoraFile] = (),
 ) -> ModelSource:
     """Find a model by name, path, hub id, or from a pipeline.
 
@@ -89,11 +94,24 @@ def resolve(
         random_weights: whether to fill the architecture with seeded random weights; for a name or a folder.
         seed: of the random weights.
         config: diffusers folder with a checkpoint's configuration and tokenizers; found out from the checkpoint if None.
+        lora: files to fuse into its weights wherever they are read.
 
     Raises:
         InputError: if there is no such model, or it cannot be read.
         UnsupportedError: if its denoiser is of a kind that this version does not build.
     """
+    source = _resolved(model, random_weights=random_weights, seed=seed, config=config)
+    if not lora:
+        return source
+    fused = dataclasses.replace(source, name="+".join([source.name, *(one.path.stem for one in lora)]), lora=tuple(lora))
+    fused.loras()
+    return fused
+
+
+def _resolved(
+    model: str | os.PathLike[str] | Any, *, random_weights: bool, seed: int, config: str | os.PathLike[str] | None
+) -> ModelSource:
+    """The source without LoRAs."""
     if not isinstance(model, str | os.PathLike):
         return source_of_folder(_saved(model))
     random_seed = seed if random_weights else None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tgate_trt.backends import EngineLoader, choose_backend, has_engine, runtime_options
 from tgate_trt.bundle import Bundle
-from tgate_trt.components import load_compiled, replace_components, restore_components
+from tgate_trt.components import TEXT_ENCODERS, Compiled, load_compiled, replace_components, restore_components, write_weights
 from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import InputError
+from tgate_trt.lora import Lora, LoraFile
+from tgate_trt.refitting import fused, loras_of, read, refuse_what_cannot_be_refitted
 from tgate_trt.schedule import DEFAULT_GATE_STEP, GateStep, check_gate_step
 from tgate_trt.specs import DTYPES
 
@@ -66,7 +69,8 @@ def load(
     pipeline = DiffusionPipeline.from_pretrained(opened.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     for name, part in parts.items():
         setattr(pipeline, name, part)
-    _put(pipeline, opened, engines, given[attribute], gate_step, guidance)
+    _put(pipeline, opened, loader, engines, given[attribute], gate_step, guidance)
+    _refit_components(pipeline, opened, loras_of(opened), with_engines=False)
     return pipeline.to(engines.device)
 
 
@@ -114,7 +118,7 @@ def apply(
         raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
     _refuse_another_model(denoiser, opened)
     loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation)
-    _put(pipeline, opened, _Engines.load(loader, low_memory), denoiser, gate_step, guidance)
+    _put(pipeline, opened, loader, _Engines.load(loader, low_memory), denoiser, gate_step, guidance)
     if components:
         replace_components(pipeline, opened, _component_graphs(loader), loader.load)
     if isinstance(before, GatedDenoiser) and before.serves(pipeline):  # not one that `from_pipe` shares with another pipeline
@@ -128,19 +132,14 @@ def remove(pipeline: Any) -> Any:
     Raises:
         InputError: if the pipeline has none of our denoisers, or `load` made it, so that there is none to put back.
     """
-    for attribute in ("unet", "transformer"):
-        gated = getattr(pipeline, attribute, None)
-        if isinstance(gated, GatedDenoiser):
-            if any(parameter.is_meta for parameter in gated.replaces.parameters()):
-                raise InputError(
-                    "this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers"
-                )
-            if gated.serves(pipeline):
-                gated.close()
-            setattr(pipeline, attribute, gated.replaces)
-            restore_components(pipeline)
-            return pipeline
-    raise InputError(f"{type(pipeline).__name__} has no engines of tgate-trt to remove")
+    gated = _gated(pipeline)
+    if any(parameter.is_meta for parameter in gated.replaces.parameters()):
+        raise InputError("this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers")
+    if gated.serves(pipeline):
+        gated.close()
+    setattr(pipeline, "unet" if pipeline.components.get("unet") is gated else "transformer", gated.replaces)
+    restore_components(pipeline)
+    return pipeline
 
 
 def architecture_of(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
@@ -186,7 +185,61 @@ def _component_graphs(loader: EngineLoader) -> list[str]:
     return [graph for graph in loader.bundle.manifest.model["components"] if has_engine(loader.bundle, graph, loader.backend)]
 
 
-def _put(pipeline: Any, bundle: Bundle, engines: _Engines, replaces: nn.Module, gate_step: GateStep | None, guidance: bool | None) -> None:
+def refit_pipeline(pipeline: Any, files: Sequence[LoraFile]) -> Any:
+    """Put LoRAs into a pipeline that runs a bundle's engines; see `tgate_trt.refitting.refit`. The bundle on disk stays as it is."""
+    gated = _gated(pipeline)
+    bundle, backend = gated.built_from
+    loras = read(bundle, files)
+    refuse_what_cannot_be_refitted(bundle, backend, loras)
+    weights = fused(bundle, loras, bundle.manifest.model["attribute"])
+    for engine in (gated.planning, gated.fidelity):
+        engine.replace_weights(weights)
+    _refit_components(pipeline, bundle, loras, with_engines=True)
+    return pipeline
+
+
+def _gated(pipeline: Any) -> GatedDenoiser:
+    """The pipeline's denoiser that runs engines.
+
+    Raises:
+        InputError: if it has none.
+    """
+    for attribute in ("unet", "transformer"):
+        gated = getattr(pipeline, attribute, None)
+        if isinstance(gated, GatedDenoiser):
+            return gated
+    raise InputError(f"{type(pipeline).__name__} has no engines of tgate-trt; load a bundle, or apply one to it")
+
+
+def _refit_components(pipeline: Any, bundle: Bundle, loras: Sequence[Lora], *, with_engines: bool) -> None:
+    """Give the text encoders the weights that LoRAs change; eager ones first get back those that earlier ones changed."""
+    for name in TEXT_ENCODERS:
+        part, weights = getattr(pipeline, name, None), fused(bundle, loras, name)
+        if isinstance(part, Compiled):
+            if with_engines:
+                part.replace_weights(weights)
+            part.replaced = weights
+        elif isinstance(part, nn.Module):
+            before: dict[str, Tensor] = getattr(part, _BEFORE, {})
+            write_weights(part, before)
+            kept = {key: value.clone() for key, value in part.state_dict().items() if key in weights or f"text_model.{key}" in weights}
+            setattr(part, _BEFORE, kept)
+            write_weights(part, weights)
+
+
+_BEFORE = "_tgate_trt_weights_before_loras"
+"""Attribute of an eager text encoder with the weights that LoRAs changed."""
+
+
+def _put(
+    pipeline: Any,
+    bundle: Bundle,
+    loader: EngineLoader,
+    engines: _Engines,
+    replaces: nn.Module,
+    gate_step: GateStep | None,
+    guidance: bool | None,
+) -> None:
     if gate_step is None:
         gate_step = bundle.manifest.gate_step or DEFAULT_GATE_STEP
     gated = GatedDenoiser(
@@ -198,6 +251,7 @@ def _put(pipeline: Any, bundle: Bundle, engines: _Engines, replaces: nn.Module, 
         guidance=guidance,
         low_memory=engines.low_memory,
     )
+    gated.built_from = (bundle, loader.backend)
     setattr(pipeline, bundle.manifest.model["attribute"], gated)
 
 

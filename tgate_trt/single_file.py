@@ -175,5 +175,6 @@ def save_rest(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
         if name != source.denoiser_attribute:
             part: Any = getattr(pipeline, name)
             if isinstance(part, torch.nn.Module):
+                part.load_state_dict(dict(source.fused(name, part.state_dict().items())))
                 part.to(dtype=dtype_of_component({"force_upcast": getattr(part.config, "force_upcast", False)}, dtype))
             part.save_pretrained(folder / name)

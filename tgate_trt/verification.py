@@ -39,6 +39,8 @@ class Task:
     """What `tgate_trt.models.resolve` takes."""
     random_seed: int | None
     """Seed of random weights, or None for the model's own."""
+    lora: list[tuple[str, float]]
+    """Path and scale of each LoRA that is fused into the weights."""
     folder: str
     """Folder of the graph and its weights."""
     graph: str
@@ -122,8 +124,10 @@ def _denoiser(task: Task) -> _Reference:
 
     from tgate_trt import models
     from tgate_trt.export.eager import run_recipe
+    from tgate_trt.lora import LoraFile
 
-    source = models.resolve(task.model, random_weights=task.random_seed is not None, seed=task.random_seed or 0)
+    loras = [LoraFile(Path(path), scale) for path, scale in task.lora]
+    source = models.resolve(task.model, random_weights=task.random_seed is not None, seed=task.random_seed or 0, lora=loras)
     is_large = sum(torch.Size(shape).numel() for shape in source.tensor_shapes().values()) > _LARGE
     return _Reference(
         lambda: source.load_denoiser(torch.float32),

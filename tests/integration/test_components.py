@@ -152,7 +152,7 @@ def test_sdxls_vae_stays_in_fp32(tiny_sdxl: Path, tmp_path: Path) -> None:
         (file,) = (bundle.pipeline / name).glob("*.safetensors")
         with safe_open(file, "pt") as stored:
             assert {str(stored.get_tensor(key).dtype) for key in stored.keys()} == {dtype}  # noqa: SIM118
-    task = Task(str(tiny_sdxl), None, str(bundle.folder), "vae_decoder", "fp16", bundle.graph("vae_decoder").to_json(), 64, 64)
+    task = Task(str(tiny_sdxl), None, [], str(bundle.folder), "vae_decoder", "fp16", bundle.graph("vae_decoder").to_json(), 64, 64)
     report = verify(task)
     assert report["tolerance"] == 1e-4, "that of fp32"
     assert {check["rows"] for check in report["checks"]} == {1, 2}

@@ -40,6 +40,9 @@ def build(
         str,
         typer.Option(help="Of TensorRT engines: baked into each; shared, one copy for all; shared-linear, shared but for convolutions'."),
     ] = "baked",
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:SCALE to fuse into the weights, .safetensors. May be given several times.")
+    ] = None,
     components: Annotated[bool, typer.Option(help="Make engines of text encoders and the VAE's decoder too.")] = True,
     discard_graphs: Annotated[
         bool, typer.Option("--discard-graphs", help="Leave graphs and weights out of the bundle that baked engines do without.")
@@ -90,6 +93,7 @@ def build(
                 refittable=refittable,
                 stripped=strip,
             ),
+            lora=lora or (),
             components=components,
             discard_graphs=discard_graphs,
             random_weights=random_weights,

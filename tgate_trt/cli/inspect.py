@@ -53,6 +53,7 @@ def _summary(bundle: Bundle) -> Table:
         "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.built_for.items()),
         "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
         "defaults": f"{manifest.steps} steps, gate step {manifest.gate_step}, guidance {manifest.guidance_scale}",
+        **({"LoRAs": ", ".join(f"{entry['name']} ({entry['scale']:g})" for entry in manifest.lora)} if manifest.lora else {}),
         **{f"{backend} engines": _engines(engines) for backend, engines in manifest.engines.items()},
         "on disk": f"{sum(file['size'] for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
     }
