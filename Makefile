@@ -27,7 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/tgate-build --model shapes --output $(DEMO_BUNDLE)
+	$(BIN)/tgate-build --model shapes --output $(DEMO_BUNDLE) --backend onnxruntime --backend tensorrt-rtx \
+	  --compute-capability SM86 --compute-capability SM89 --compute-capability SM120
 	$(BIN)/tgate-generate $(DEMO_BUNDLE) \
 	  --prompt "a small red circle at the top right on a white background" \
 	  --prompt "a large yellow square at the top left on a green background" \

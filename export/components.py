@@ -70,9 +70,12 @@ class VaeDecoder(nn.Module):
         return (model.decode(latents, return_dict=False)[0],)
 
 
-def trace_component(module: TextEncoder | VaeDecoder, inputs: Sequence[TensorSpec]) -> ir.Model:
-    """Trace a component; see `tgate_trt.export.trace.trace_module`."""
-    return trace_module(module, "model", inputs, module.outputs)
+def trace_component(module: TextEncoder | VaeDecoder, inputs: Sequence[TensorSpec], images: int) -> ir.Model:
+    """Trace a component for at most so many images; see `tgate_trt.export.trace.trace_module`.
+
+    A decoder's trace does not hold for every number: from 2³¹ numbers in a feature map on, diffusers' takes another path.
+    """
+    return trace_module(module, "model", inputs, module.outputs, max(images, 2))
 
 
 def run_component(module: TextEncoder | VaeDecoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,7 +60,9 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
     return trace_module(by_position, "denoiser", inputs, ("noise_pred",))
 
 
-def trace_module(module: nn.Module, attribute: str, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> ir.Model:
+def trace_module(
+    module: nn.Module, attribute: str, inputs: Sequence[TensorSpec], outputs: Sequence[str], maximum_rows: int = MAXIMUM_ROWS
+) -> ir.Model:
     """Trace any module that takes and gives tensors by position.
 
     Args:
@@ -69,6 +71,7 @@ def trace_module(module: nn.Module, attribute: str, inputs: Sequence[TensorSpec]
         attribute: whose path is left out of the parameters' names.
         inputs: what the module takes; the first has every row.
         outputs: names of what it gives.
+        maximum_rows: for which the trace must hold, at least 2.
 
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.
@@ -76,7 +79,7 @@ def trace_module(module: nn.Module, attribute: str, inputs: Sequence[TensorSpec]
     model_of_module = getattr(module, attribute)
     try:
         with _quiet():
-            model = _translate(_export(module, model_of_module, inputs))
+            model = _translate(_export(module, model_of_module, inputs, maximum_rows))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise BuildError(f"PyTorch could not trace {type(model_of_module).__name__}: {type(error).__name__}: {reason}") from error
@@ -87,9 +90,9 @@ def trace_module(module: nn.Module, attribute: str, inputs: Sequence[TensorSpec]
     return model
 
 
-def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
+def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec], maximum_rows: int) -> torch.export.ExportedProgram:
     """Run `torch.export` on fake tensors, with a marker node at each tap."""
-    rows = torch.export.Dim(ROWS, min=1, max=MAXIMUM_ROWS)
+    rows = torch.export.Dim(ROWS, min=1, max=maximum_rows)
 
     def mark(tap: str, output: Tensor) -> Tensor:
         marked: Tensor = torch.onnx.ops.symbolic(

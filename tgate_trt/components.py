@@ -118,7 +118,7 @@ def write_graph(component: Component, folder: Path, spec: GraphSpec) -> None:
     import onnx_ir as ir
 
     dtype = getattr(torch, spec.outputs[0].dtype)
-    model = trace_component(component.wrap(component.on_meta(dtype)), spec.inputs)
+    model = trace_component(component.wrap(component.on_meta(dtype)), spec.inputs, spec.dimensions[ROWS].maximum)
     attach(model, folder, weight_files(component, folder))
     ir.save(model, folder / f"{component.graph}.onnx")
 

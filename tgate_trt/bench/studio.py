@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from tgate_trt.backends import choose_backend, load_engine
+from tgate_trt.backends import EngineLoader, choose_backend
 from tgate_trt.bench.macs import macs_of_picture, macs_of_step
 from tgate_trt.bundle import Bundle
 from tgate_trt.denoiser import GatedDenoiser
@@ -22,7 +22,7 @@ from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.generate import scheduler_of
 from tgate_trt.pipeline import architecture_of
 from tgate_trt.schedule import NONE, planning_steps
-from tgate_trt.specs import GraphSpec
+from tgate_trt.specs import DTYPES, GraphSpec
 
 SCHEDULER = "dpm++"
 """Of every picture here, as `tgate_trt.generate.SCHEDULERS` names it: one call of the denoiser a step."""
@@ -62,18 +62,22 @@ METHODS = (VANILLA, CFG_DROP, TGATE)
 
 
 class Studio:
-    """Pipeline and engines of one bundle, all engines on the CPU and with one number of threads."""
+    """Pipeline and engines of one bundle, all engines of one backend, on one device and with one number of threads."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, backend: str | None = None, device: torch.device = _CPU) -> None:
         """Open a studio.
 
         Args:
             bundle: with every graph of `tgate_trt.taps.GRAPHS`.
             threads: of an engine; one a core if None.
+            backend: of its engines; the first that runs here if None.
+            device: of its engines and its pipeline.
         """
         self.bundle = bundle
-        self.threads = threads
-        self.architecture = architecture_of(bundle, torch.float32)
+        self.device = device
+        self.loader = EngineLoader(bundle, choose_backend(bundle, backend), device, threads)
+        self.dtype: torch.dtype = getattr(torch, DTYPES[bundle.manifest.built_for["precision"]]) if device.type == "cuda" else torch.float32
+        self.architecture = architecture_of(bundle, self.dtype)
         self.keeps_engines = _fits(bundle)
         """Whether all engines stay loaded; where memory does not allow it, only those in use do."""
         self._engines: dict[str, Engine] = {}
@@ -93,10 +97,9 @@ class Studio:
         """The engines of graphs; others may be closed for them."""
         if not self.keeps_engines:
             self._close(set(self._engines) - set(graphs))
-        backend = choose_backend(self.bundle, None)
         for graph in graphs:
             if graph not in self._engines:
-                self._engines[graph] = load_engine(self.bundle, graph, backend=backend, device=_CPU, threads=self.threads)
+                self._engines[graph] = self.loader.load(graph)
         return [self._engines[graph] for graph in graphs]
 
     @property
@@ -124,8 +127,10 @@ class Studio:
 
         attribute = self.bundle.manifest.model["attribute"]
         pipeline = DiffusionPipeline.from_pretrained(
-            self.bundle.pipeline, **{attribute: self.architecture}, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            self.bundle.pipeline, **{attribute: self.architecture}, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
         )
+        if self.device.type != "cpu":
+            pipeline.to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = scheduler_of(pipeline, SCHEDULER)
         return pipeline

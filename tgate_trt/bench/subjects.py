@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tgate_trt.backends import ONNXRUNTIME
 from tgate_trt.builder import add_graph, build
 from tgate_trt.bundle import MANIFEST, Bundle
 from tgate_trt.errors import InputError
@@ -57,10 +58,12 @@ def open_bundle(model: str) -> Bundle:
             model,
             height=preset.size,
             width=preset.size,
+            backend=ONNXRUNTIME,
             precision="fp32",
             graphs=tuple(GRAPHS),
             random_weights=preset.random_weights,
             verify=not preset.random_weights,
+            components=False,
         )
     bundle = Bundle.open(model)
     for graph in GRAPHS:
