@@ -21,6 +21,7 @@ from tgate_trt.lora import LoraFile
 from tgate_trt.specs import Bounds, GraphSpec
 from tgate_trt.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.taps import recipe
+from tgate_trt.tracing import save, write_trace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -166,15 +167,14 @@ def _begin(folder: Path, source: models.ModelSource, request: Request, fingerpri
     shapes = source.tensor_shapes()
     _timed("weights", lambda: weights.write(folder / weights.WEIGHTS_FILE, shapes, source.tensors(dtype), request.precision))
     _timed("text encoders and VAE", lambda: source.save_rest(folder / PIPELINE, dtype))
-    trace = _timed("trace", lambda: _trace(source, request, dtype))
-    _save(trace, folder, TRACE)
+    _timed("trace", lambda: write_trace(source, folder, request.precision, request.height, request.width))
     return Manifest(
         model={
             "name": source.name,
             "reference": source.reference,
             "attribute": source.denoiser_attribute,
             "random_seed": source.random_seed,
-            "lora": [(str(one.path), one.scale) for one in source.lora],
+            "lora": source.lora_as_json(),
             "text_tokens": source.text_tokens,
             "components": list(components_of(folder / PIPELINE)),
             "content": fingerprint["content"],
@@ -265,29 +265,12 @@ def _engines(
     return engines
 
 
-def _trace(source: models.ModelSource, request: Request, dtype: Any) -> ir.Model:
-    from torch import nn
-
-    from tgate_trt.export.trace import trace
-
-    return trace(nn.Module.to(source.denoiser_on_meta(), dtype), source.signature(request.height, request.width, request.precision))
-
-
 def _write_graph(folder: Path, trace: ir.Model, name: str, rows: Bounds) -> GraphSpec:
     from tgate_trt.export.cut import cut, spec_of
 
     model = cut(trace, recipe(name))
-    _save(model, folder, _graph_file(name))
+    save(model, folder, _graph_file(name))
     return spec_of(model, name, rows)
-
-
-def _save(model: ir.Model, folder: Path, name: str) -> None:
-    import onnx_ir as ir
-
-    from tgate_trt.export import weights
-
-    weights.attach(model, weights.read_places(folder / weights.WEIGHTS_FILE), folder)
-    ir.save(model, folder / name)
 
 
 def _graph_file(name: str) -> str:
@@ -302,7 +285,7 @@ def _verify_all(folder: Path, source: models.ModelSource, request: Request, spec
         task = Task(
             source.reference,
             source.random_seed,
-            [(str(one.path), one.scale) for one in source.lora],
+            source.lora_as_json(),
             str(folder),
             name,
             request.precision,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tgate_trt import engine_sets, models
 from tgate_trt.backends import why_not
 from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
-from tgate_trt.lora import LoraFile
 from tgate_trt.staleness import stale_reasons
 
 
@@ -28,9 +26,7 @@ def state_of(bundle: Bundle) -> State:
     remarks = []
     manifest = bundle.manifest
     try:
-        seed = manifest.model["random_seed"]
-        loras = [LoraFile(Path(path), scale) for path, scale in manifest.model["lora"]]
-        source = models.resolve(manifest.model["reference"], random_weights=seed is not None, seed=seed or 0, lora=loras)
+        source = models.resolve_again(manifest.model["reference"], manifest.model["random_seed"], manifest.model["lora"])
         content = source.fingerprint(manifest.model["source"])["content"]
     except InputError:
         content = None

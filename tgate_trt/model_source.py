@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 RANDOM_NOTICE = "RANDOM_WEIGHTS.txt"
 """File that marks a pipeline folder whose weights and tokenizers are stand-ins."""
+
+_LARGE = 500_000_000
+"""Parameters."""
 
 _DENOISERS = ("unet", "transformer")
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
@@ -155,6 +159,15 @@ class ModelSource:
 
         widened = ((name, tensor.float() if tensor.is_floating_point() else tensor) for name, tensor in tensors)
         return fuse(self.loras(), component, widened)
+
+    def lora_as_json(self) -> list[tuple[str, float]]:
+        """Path and scale of each LoRA, as plain data."""
+        return [(str(one.path), one.scale) for one in self.lora]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a step takes minutes on a CPU, and tracing hundreds of megabytes."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values()) > _LARGE
 
     def loras(self) -> list[Lora]:
         """The LoRAs, read and checked against the denoiser's weights.

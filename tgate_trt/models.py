@@ -108,6 +108,23 @@ def resolve(
     return fused
 
 
+def resolve_again(reference: str, random_seed: int | None, lora: Sequence[tuple[str, float]]) -> ModelSource:
+    """Find a model that was resolved before, from plain data.
+
+    Args:
+        reference: `ModelSource.reference`.
+        random_seed: `ModelSource.random_seed`.
+        lora: `ModelSource.lora_as_json`.
+
+    Raises:
+        InputError: if it is not there any more.
+    """
+    from tgate_trt.lora import LoraFile
+
+    files = [LoraFile(Path(path), scale) for path, scale in lora]
+    return resolve(reference, random_weights=random_seed is not None, seed=random_seed or 0, lora=files)
+
+
 def _resolved(
     model: str | os.PathLike[str] | Any, *, random_weights: bool, seed: int, config: str | os.PathLike[str] | None
 ) -> ModelSource:

@@ -6,14 +6,10 @@ The process is this module, run with one JSON argument; it prints one JSON line.
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_trt import errors
-from tgate_trt.errors import BuildError, TGateError
+from tgate_trt import children
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS, recipe
 
@@ -26,9 +22,6 @@ if TYPE_CHECKING:
 
 _LARGE_PICTURE = 512 * 512
 """Pixels from which decoding takes minutes and gigabytes on a CPU."""
-
-_LARGE = 500_000_000
-"""Parameters above which a check takes minutes on a CPU, so that there are fewer rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +54,7 @@ def verify_in_child(task: Task) -> dict[str, Any]:
         VerificationError: if the graph differs from the eager model.
         BuildError: if the child did not come to an end.
     """
-    command = [sys.executable, "-m", __spec__.name, json.dumps(dataclasses.asdict(task))]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
-        report: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        last = child.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise BuildError(
-            f"verifying the {task.graph} graph stopped with exit code {child.returncode} ({last[0]}); "
-            "if memory ran out, build with --no-verify"
-        ) from None
-    if "error" in report:
-        raise getattr(errors, report["kind"])(report["error"])
-    return report
+    return children.run(__name__, task, f"verifying the {task.graph} graph", "if memory ran out, build with --no-verify")
 
 
 def verify(task: Task) -> dict[str, Any]:
@@ -124,16 +105,13 @@ def _denoiser(task: Task) -> _Reference:
 
     from tgate_trt import models
     from tgate_trt.export.eager import run_recipe
-    from tgate_trt.lora import LoraFile
 
-    loras = [LoraFile(Path(path), scale) for path, scale in task.lora]
-    source = models.resolve(task.model, random_weights=task.random_seed is not None, seed=task.random_seed or 0, lora=loras)
-    is_large = sum(torch.Size(shape).numel() for shape in source.tensor_shapes().values()) > _LARGE
+    source = models.resolve_again(task.model, task.random_seed, task.lora)
     return _Reference(
         lambda: source.load_denoiser(torch.float32),
         lambda denoiser, inputs: run_recipe(denoiser, recipe(task.graph), inputs),
         source.signature(task.height, task.width, task.precision),
-        (1, 2) if is_large else (1, 2, 3),
+        (1, 2) if source.is_large else (1, 2, 3),
         task.precision,
     )
 
@@ -158,14 +136,5 @@ def _component(task: Task, spec: GraphSpec) -> _Reference:
     )
 
 
-def main(argument: str) -> None:
-    """Print the report, or a sentence that says what went wrong, as one JSON line."""
-    try:
-        report = verify(Task(**json.loads(argument)))
-    except TGateError as error:
-        report = {"error": str(error), "kind": type(error).__name__}
-    print(json.dumps(report), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    children.answer(verify, Task)

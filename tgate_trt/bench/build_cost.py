@@ -43,11 +43,14 @@ class Memory:
     total: int = 0
     """Resident, a page that two processes share counted twice."""
     looks: int = 0
+    of_stage: int = 0
+    """Anonymous, since the last stage ended."""
 
     def look(self, root: int) -> None:
         """Take in what they hold now."""
         held = [status for status in _tree(root) if "RssAnon" in status]
-        self.anonymous = max(self.anonymous, sum(status["RssAnon"] for status in held))
+        anonymous = sum(status["RssAnon"] for status in held)
+        self.anonymous, self.of_stage = max(self.anonymous, anonymous), max(self.of_stage, anonymous)
         self.total = max(self.total, sum(status["VmRSS"] for status in held))
         self.looks += 1
 
@@ -59,6 +62,8 @@ class _Child:
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Anonymous memory of each stage."""
 
     def watch(self) -> int:
         """Look on until the process ends, and return its exit status."""
@@ -79,6 +84,8 @@ class _Child:
     def _read(self, stream: IO[str]) -> None:
         for line in stream:
             self.lines.append(line.rstrip())
+            if stage := _DONE.fullmatch(line.strip()):
+                self.peaks[stage["stage"]], self.memory.of_stage = self.memory.of_stage, 0
             logger.info("%s", self.lines[-1])
 
 
@@ -143,6 +150,7 @@ def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep:
         "stages": stages_of(child.lines),
         "memory": {
             "peak_anonymous": child.memory.anonymous,
+            "peak_anonymous_of_stages": child.peaks,
             "peak_total": child.memory.total,
             "peak_total_of_one_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
             "looks": child.memory.looks,

@@ -1,11 +1,11 @@
-"""``python -m tgate_trt.bench.gpu``: what is to be measured on a GPU host, in stages of minutes that can be run alone.
+"""``python -m tgate_trt.bench.gpu run STAGE …``: what is to be measured on a GPU host, in stages of minutes that can be run alone.
 
     probe        does each TensorRT build and run on this GPU, for which compute capability, with which error otherwise
     correctness  `pytest -m gpu`
     sd15, sdxl   steps and pictures at full size, random weights, fp16, with every kind of engine that runs here
 
-Results are JSON beside one table, `docs/results/gpu.md`. Nothing here has been run by us yet but `sd15` on a CPU with
-ONNX Runtime, which takes the same code.
+Results are JSON beside one table, `docs/results/gpu.md`. No stage has been run on a GPU by us yet. On a machine without one,
+`sd15` with ONNX Runtime takes the same code, and the probe says what cannot be run.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def probe() -> dict[str, Any]:
 
 
 @app.command(hidden=True)
-def try_one(backend: str, capability: str | None = None) -> None:
+def try_one(backend: str, capability: Annotated[str | None, typer.Argument()] = None) -> None:
     """One try of the probe; prints a JSON line."""
     try:
         row = _try(backend, capability)
@@ -259,7 +259,7 @@ def _time_step(studio: Studio, graph: str, rows: int) -> float:
 
 def _time_picture(studio: Studio, method: Method, gate: int, memory: dict[str, int], label: str) -> dict[str, float]:
     """Seconds of one picture, of its denoising loop, and of the loop outside the engines."""
-    denoiser = studio.put(method, gate / STEPS_OF_A_PICTURE if gate else 1.0 - 1e-9)
+    denoiser = studio.put(method, max(gate, 1) / STEPS_OF_A_PICTURE)
     pipeline, clock = studio.pipeline, Clock(studio.device)
     arguments = {"num_inference_steps": STEPS_OF_A_PICTURE, "guidance_scale": _GUIDANCE, **studio.picture_size}
     pipeline(_PROMPT, generator=_noise(), **arguments)

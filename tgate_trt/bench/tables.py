@@ -126,7 +126,8 @@ def _scores(record: Mapping[str, Any]) -> Iterator[_Part]:
 def _build(record: Mapping[str, Any]) -> Iterator[_Part]:
     results = record["results"]
     memory, disk = results["memory"], results["disk"]
-    rows = [(stage, f"{seconds:,.1f} s") for stage, seconds in results["stages"].items()]
+    peaks: Mapping[str, int] = memory.get("peak_anonymous_of_stages", {})
+    rows = [(stage, f"{seconds:,.1f} s" + _peak(peaks.get(stage))) for stage, seconds in results["stages"].items()]
     rows += [
         ("whole command", f"{results['seconds']:,.1f} s"),
         ("peak memory, anonymous", _against(memory["peak_anonymous"], disk["denoiser_weights"], "the denoiser's weights")),
@@ -185,6 +186,10 @@ def _time(seconds: float) -> str:
             value = seconds / size
             return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
     return f"{seconds / 1e-6:.0f} µs"
+
+
+def _peak(held: int | None) -> str:
+    return "" if held is None else f", {held / 1e9:,.2f} GB anonymous"
 
 
 def _against(held: int, least: int, what: str) -> str:
