@@ -201,19 +201,13 @@ def _complete(folder: Path, target: Path, source: models.ModelSource | None, req
         request: what is asked for.
         manifest: of what is there already.
     """
-    specs = dict(manifest.graphs)
-    new = [name for name in request.graphs if name not in specs]
-    if new:
-        import onnx_ir as ir
-
-        trace = ir.load(folder / TRACE)
-        specs |= {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in new}
-    if request.components:
-        specs |= _component_graphs(folder, request, manifest, specs)
-    verification = dict(manifest.verification)
-    if request.verify and source is not None:
-        verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
-    engines = _engines(folder, target, request, specs, manifest.engines)
+    specs, verification, engines = dict(manifest.graphs), dict(manifest.verification), dict(manifest.engines)
+    # The denoiser's engines first: the traces of the others would stay in memory beside their builder.
+    for graphs in (_denoiser_graphs, _component_graphs):
+        specs |= graphs(folder, request, manifest)
+        if request.verify and source is not None:
+            verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
+        engines = _engines(folder, target, request, specs, engines)
     if request.discard_graphs:
         _discard_graphs(folder, specs)
     known = {name: entry for name, entry in manifest.files.items() if _is_unchanged(folder / name, target / name)}
@@ -221,13 +215,26 @@ def _complete(folder: Path, target: Path, source: models.ModelSource | None, req
     write_manifest(folder, dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files))
 
 
-def _component_graphs(folder: Path, request: Request, manifest: Manifest, specs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
-    """Write the graphs of text encoders and VAE that are not there yet."""
+def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
+    """Cut the graphs that are not there yet from the trace."""
+    new = [name for name in request.graphs if name not in manifest.graphs]
+    if not new:
+        return {}
+    import onnx_ir as ir
+
+    trace = ir.load(folder / TRACE)
+    return {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in new}
+
+
+def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
+    """Write the graphs of text encoders and VAE that are asked for and not there yet."""
+    if not request.components:
+        return {}
     from tgate_trt.components import components_of, write_graph
 
     written = {}
     for graph, component in components_of(folder / PIPELINE).items():
-        if graph not in specs:
+        if graph not in manifest.graphs:
             spec = component.spec(request.precision, request.height, request.width, manifest.model["text_tokens"], request.batch_size)
             _timed(f"{graph} graph", partial(write_graph, component, folder, spec))
             written[graph] = spec
