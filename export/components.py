@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def attach(model: ir.Model, folder: Path, files: Sequence[Path]) -> None:
         files: the component's safetensors files, below that folder.
 
     Raises:
-        BuildError: if a parameter is in none of them, or has another shape there.
+        BuildError: if a parameter is in none of them, or has another shape or dtype there.
     """
     places = {name: (file, place) for file in files for name, place in read_places(file).items()}
     for name, value in list(model.graph.initializers.items()):
@@ -104,6 +105,8 @@ def attach(model: ir.Model, folder: Path, files: Sequence[Path]) -> None:
         if stored is None or places[stored][1].shape != tuple(value.shape.numpy()):
             raise BuildError(f"the pipeline's files do not hold {name!r} with shape {value.shape}; build with --no-components")
         file, place = places[stored]
+        if place.length != value.dtype.itemsize * math.prod(place.shape):
+            raise BuildError(f"the pipeline's files hold {stored!r} in another dtype than {value.dtype.name}; build with --no-components")
         model.graph.initializers.pop(name)
         value.name = stored
         location = os.path.relpath(file, folder)
