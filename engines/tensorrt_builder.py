@@ -10,23 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tgate_trt.engines.tensorrt_flavours import Flavour, gpu_is_present
 from tgate_trt.errors import BuildError, InputError, UnsupportedError
 from tgate_trt.specs import GraphSpec, TensorSpec
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 OPTIMIZATION_LEVELS = range(6)
 """From the fastest build to the fastest engine; TensorRT's own default is 3."""

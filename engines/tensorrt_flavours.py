@@ -10,6 +10,7 @@ the whole runtime half of TensorRT-RTX, which needs a GPU.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -192,16 +193,30 @@ def gpu_is_present() -> bool:
 
 def compute_capability() -> str | None:
     """The first GPU's compute capability, such as ``"SM89"``; None without one. Asked of the driver, so that torch need not be loaded."""
+    found = _first_gpu()
+    return None if found is None else found[1]
+
+
+def gpu_name() -> str | None:
+    """What the first GPU is called; None without one."""
+    found = _first_gpu()
+    return None if found is None else found[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _first_gpu() -> tuple[str, str] | None:
+    """Name and compute capability of the first GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    device, numbers = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
+    device, numbers, name = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int()), ctypes.create_string_buffer(128)
     if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
     for number, attribute in zip(numbers, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
         driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    return "SM" + "".join(str(number.value) for number in numbers)
+    driver.cuDeviceGetName(name, len(name), device)
+    return name.value.decode(), "SM" + "".join(str(number.value) for number in numbers)
 
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76

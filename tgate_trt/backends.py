@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from tgate_trt.bundle import BESIDE, Bundle, EngineSet
-from tgate_trt.engines.tensorrt_flavours import FLAVOURS, compute_capability, gpu_is_present
+from tgate_trt.engines.tensorrt_flavours import FLAVOURS, compute_capability, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, StaleBundleError, UnsupportedError
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
 from tgate_trt.taps import GRAPHS
@@ -40,6 +40,8 @@ def why_not(backend: str, engines: EngineSet) -> str | None:
     built, here = engines.built_with.get(flavour.requirement), flavour.version()
     if built != here and not engines.options["version_compatible"]:
         return f"they were built with {flavour.requirement} {built}, and {here} is installed"
+    if engines.options["gpu"] not in (None, gpu_name()):
+        return f"they were built for {engines.options['gpu']}, and the GPU here is {gpu_name()}"
     gpu, capabilities = compute_capability(), engines.options["capabilities"]
     if capabilities and gpu not in capabilities:
         return f"they were built for {', '.join(capabilities)}, and the GPU here is {gpu}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tgate_trt import engine_sets, models
 from tgate_trt.build_request import Request, backends_for, request_for
 from tgate_trt.bundle import PIPELINE, TRACE, Bundle, EngineSet, Manifest, building, copy_into, describe_files, write_manifest
-from tgate_trt.engine_sets import EngineRequest, requests_of
+from tgate_trt.engine_sets import EngineRequest
 from tgate_trt.engines.tensorrt_builder import PlanOptions
 from tgate_trt.errors import BundleError, StaleBundleError
 from tgate_trt.lora import LoraFile
@@ -260,13 +260,16 @@ def _engines(
     folder: Path, target: Path, request: Request, specs: dict[str, GraphSpec], held: Mapping[str, EngineSet]
 ) -> dict[str, EngineSet]:
     """The engines of every graph, for the backends that are asked for and those that are there."""
-    wanted = requests_of(held) | dict.fromkeys(request.engines.backends, request.engines)
     engines = {}
-    for backend, wish in wanted.items():
-        before = held.get(backend)
-        if before is not None and engine_sets.stale_reasons(backend, before, wish):
+    for backend in dict.fromkeys((*held, *request.engines.backends)):
+        is_wanted, before = backend in request.engines.backends, held.get(backend)
+        if is_wanted and before is not None and engine_sets.stale_reasons(backend, before, request.engines):
             before = None
         missing = {name: spec for name, spec in specs.items() if before is None or name not in before.files}
+        if before is not None and not missing:
+            engines[backend] = before
+            continue
+        wish = request.engines if before is None or is_wanted else engine_sets.request_of(backend, before)
         built = engine_sets.build_engines(folder, target, backend, missing, wish)
         if before is not None:
             built = dataclasses.replace(built, files={**before.files, **built.files}, keys={**before.keys, **built.keys})

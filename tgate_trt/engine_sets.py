@@ -16,7 +16,7 @@ from typing import Any
 from tgate_trt.backends import ONNXRUNTIME
 from tgate_trt.bundle import BESIDE, MANIFEST, EngineSet, link_or_copy, sha256, stamp
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
-from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present
+from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError
 from tgate_trt.specs import GraphSpec, TensorSpec
 
@@ -63,23 +63,20 @@ class EngineRequest:
         """What the manifest keeps as an `EngineSet`'s options."""
         if backend == ONNXRUNTIME:
             return {}
-        return {"weights": self.weights, **self._options(FLAVOURS[backend]).to_json()}
+        options = self._options(FLAVOURS[backend])
+        return {"weights": self.weights, "gpu": None if options.capabilities else gpu_name(), **options.to_json()}
 
     def built_with(self, backend: str) -> dict[str, str]:
         """What the manifest keeps as an `EngineSet`'s versions."""
         return {} if backend == ONNXRUNTIME else {FLAVOURS[backend].requirement: FLAVOURS[backend].version() or "unknown"}
 
 
-def requests_of(engines: Mapping[str, EngineSet]) -> dict[str, EngineRequest]:
-    """The requests that would give these engines again, by backend."""
-    requests = {}
-    for backend, held in engines.items():
-        if backend == ONNXRUNTIME:
-            requests[backend] = EngineRequest((backend,))
-        else:
-            options = {name: value for name, value in held.options.items() if name != "weights"}
-            requests[backend] = EngineRequest((backend,), held.options["weights"], PlanOptions.from_json(options))
-    return requests
+def request_of(backend: str, engines: EngineSet) -> EngineRequest:
+    """The request that would give a backend's engines again."""
+    if backend == ONNXRUNTIME:
+        return EngineRequest((backend,))
+    options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu")}
+    return EngineRequest((backend,), engines.options["weights"], PlanOptions.from_json(options))
 
 
 def stale_reasons(backend: str, held: EngineSet, request: EngineRequest | None) -> list[str]:
