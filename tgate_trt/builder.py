@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 import time
@@ -168,7 +167,6 @@ def _begin(folder: Path, source: models.ModelSource, request: Request, fingerpri
     shapes = source.tensor_shapes()
     _timed("weights", lambda: weights.write(folder / weights.WEIGHTS_FILE, shapes, source.tensors(dtype), request.precision))
     _timed("text encoders and VAE", lambda: source.save_rest(folder / PIPELINE, dtype))
-    gc.collect()  # shards of text encoders hang in cycles, and would stay beside the tracing process
     _timed("trace", lambda: write_trace(source, folder, request.precision, request.height, request.width))
     return Manifest(
         model={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import subprocess
@@ -26,6 +27,7 @@ def run(module: str, task: Any, what: str, hint: str) -> dict[str, Any]:
         TGateError: that the work raised.
         BuildError: if the process did not come to its end.
     """
+    _trim()
     command = [sys.executable, "-P", "-m", module, json.dumps(dataclasses.asdict(task))]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
@@ -36,6 +38,13 @@ def run(module: str, task: Any, what: str, hint: str) -> dict[str, Any]:
     if "error" in found:
         raise getattr(errors, found["kind"])(found["error"])
     return found
+
+
+def _trim() -> None:
+    """Give the system back what the allocator keeps of weights that went by, before another process asks for as much."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def answer(work: Callable[..., dict[str, Any]], task: type[Any]) -> None:
