@@ -80,7 +80,7 @@ class Manifest:
     """The model's default number of sampling steps."""
     guidance_scale: float | None
     """The model's default, or None for the pipeline's."""
-    lora: Sequence[Mapping[str, Any]] = ()
+    lora: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """LoRAs that were put in after the build: ``file`` in the bundle, ``scale``, and the ``name`` that the file had."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``size`` in bytes and ``sha256`` of every file, by path in the bundle."""

@@ -81,6 +81,38 @@ def build(
             _show(table)
 
 
+@app.command()
+def gpu(
+    stages: Annotated[list[str], typer.Argument(help="probe, correctness, sd15, sdxl: each takes minutes and can be run alone.")],
+    rounds: Annotated[int, typer.Option(min=1, help="How often times are taken.")] = 10,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Of engines, as in tensorrt-rtx:shared. May be given several times. [default: all]")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels. [default: the model's own]")] = None,
+    output: _Output = _RESULTS,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+) -> None:
+    """Measure on this machine's GPU, one stage after the other, into gpu-STAGE.json and gpu.md."""
+    with reporting(verbose):
+        from tgate_trt.bench.gpu import run
+
+        for path in run(stages, kind or (), rounds=rounds, size=size, output=output, command=_command()):
+            console.print(str(path))
+        console.print((output / "gpu.md").read_text(encoding="utf-8"), markup=False)
+
+
+@app.command(hidden=True)
+def try_one(backend: str, capability: Annotated[str | None, typer.Argument()] = None) -> None:
+    """One try of the GPU's probe; prints a JSON line."""
+    import json
+    import os
+
+    from tgate_trt.bench import gpu as stages
+
+    print(json.dumps(stages.try_one(backend, capability)), flush=True)
+    os._exit(0)  # a runtime that was ill may not come down well
+
+
 def _show(table: Table) -> None:
     """Print a table whole: where lines are shorter, they wrap and nothing is cut off."""
     Console(highlight=False, width=max(console.width, _WIDTH)).print(table.rich())

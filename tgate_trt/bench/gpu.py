@@ -1,4 +1,4 @@
-"""``python -m tgate_trt.bench.gpu run STAGE …``: what is to be measured on a GPU host, in stages of minutes that can be run alone.
+"""``python -m tgate_trt.bench gpu STAGE …``: what is to be measured on a GPU host, in stages of minutes that can be run alone.
 
     probe        does each TensorRT build and run on this GPU, for which compute capability, with which error otherwise
     correctness  `pytest -m gpu`
@@ -13,18 +13,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from tgate_trt.backends import ONNXRUNTIME, why_not
 from tgate_trt.bench.record import environment
@@ -33,7 +31,6 @@ from tgate_trt.bench.steps import STEPS
 from tgate_trt.bench.studio import CFG_DROP, TGATE, VANILLA, Method, Studio
 from tgate_trt.builder import build
 from tgate_trt.bundle import Bundle, replace_file
-from tgate_trt.cli.common import application, console, reporting
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, compute_capability
 from tgate_trt.errors import InputError, TGateError
@@ -41,7 +38,6 @@ from tgate_trt.export.verify import random_inputs, relative_error
 from tgate_trt.specs import ROWS, Bounds, GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS
 
-app = application()
 logger = logging.getLogger(__name__)
 
 MODELS = ("sd15", "sdxl")
@@ -105,7 +101,7 @@ def probe() -> dict[str, Any]:
     tries = []
     for backend, flavour in FLAVOURS.items():
         for capability in (None, *flavour.capabilities):
-            command = [sys.executable, "-P", "-m", "tgate_trt.bench.gpu", "try-one", backend, *([capability] if capability else [])]
+            command = [sys.executable, "-P", "-m", "tgate_trt.bench", "try-one", backend, *([capability] if capability else [])]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             last = (done.stdout.strip().splitlines() or ["{}"])[-1]
             try:
@@ -118,15 +114,12 @@ def probe() -> dict[str, Any]:
     return {"tries": tries}
 
 
-@app.command(hidden=True)
-def try_one(backend: str, capability: Annotated[str | None, typer.Argument()] = None) -> None:
-    """One try of the probe; prints a JSON line."""
+def try_one(backend: str, capability: str | None) -> dict[str, Any]:
+    """One try of the probe; meant for a process of its own, which it may take down."""
     try:
-        row = _try(backend, capability)
+        return _try(backend, capability)
     except TGateError as error:
-        row = {"error": str(error)}
-    print(json.dumps(row), flush=True)
-    os._exit(0)
+        return {"error": str(error)}
 
 
 def _try(backend: str, capability: str | None) -> dict[str, Any]:
@@ -316,7 +309,7 @@ def _noise() -> torch.Generator:
 
 def write_table(folder: Path) -> None:
     """Write ``gpu.md`` from the JSON files beside it."""
-    lines = ["# Measured on a GPU host", "", "Made by `python -m tgate_trt.bench.gpu` from the JSON files beside this page.", ""]
+    lines = ["# Measured on a GPU host", "", "Made by `python -m tgate_trt.bench gpu` from the JSON files beside this page.", ""]
     for path in sorted(folder.glob("gpu-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         lines += [
@@ -360,41 +353,38 @@ def _times(seconds: Mapping[str, float]) -> str:
     return f"{median} | {low} … {high}"
 
 
-@app.command()
-def run(
-    stages: Annotated[list[str], typer.Argument(help=f"{', '.join(STAGES)}.")],
-    rounds: Annotated[int, typer.Option(min=1, help="How often times are taken.")] = 10,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Of engines, as in tensorrt-rtx:shared. May be given several times. [default: all]")
-    ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels. [default: the model's own]")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("docs/results"),
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
-) -> None:
-    """Measure on this machine's GPU, one stage after the other; each leaves its results when it is done."""
-    with reporting(verbose):
-        kinds = tuple((backend, weights or "baked") for backend, _, weights in (text.partition(":") for text in kind or ())) or KINDS
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        for stage in stages:
-            if stage not in STAGES:
-                raise InputError(f"a stage is one of {', '.join(STAGES)}, got {stage!r}")
-        for stage in stages:
-            stage_results = (
-                probe()
-                if stage == "probe"
-                else correctness()
-                if stage == "correctness"
-                else measure(stage, kinds, rounds=rounds, size=size, device=device)
-            )
-            gpu = f"{torch.cuda.get_device_name()} ({compute_capability()})" if device.type == "cuda" else "no GPU"
-            command = " ".join(["python -m tgate_trt.bench.gpu", *sys.argv[1:]])
-            record = {"stage": stage, "command": command, "gpu": gpu, **environment(), "results": stage_results}
-            output.mkdir(parents=True, exist_ok=True)
-            replace_file(output / f"gpu-{stage}.json", json.dumps(record, indent=2) + "\n")
-            write_table(output)
-            console.print(f"{stage}: {output / f'gpu-{stage}.json'}")
-        console.print((output / "gpu.md").read_text(encoding="utf-8"), markup=False)
+def run(stages: Sequence[str], kinds: Sequence[str], *, rounds: int, size: int | None, output: Path, command: str) -> Iterator[Path]:
+    """Go through stages; each leaves its results when it is done.
 
+    Args:
+        stages: of `STAGES`.
+        kinds: of engines, as in ``"tensorrt-rtx:shared"``; all if empty.
+        rounds: how often times are taken.
+        size: side of the pictures in pixels; the model's own if None.
+        output: folder of the results.
+        command: as it can be typed again.
 
-if __name__ == "__main__":
-    app(prog_name="python -m tgate_trt.bench.gpu")
+    Yields:
+        The file of each stage's results.
+
+    Raises:
+        InputError: if there is no such stage.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise InputError(f"a stage is one of {', '.join(STAGES)}, got {stage!r}")
+    chosen = tuple((backend, weights or "baked") for backend, _, weights in (text.partition(":") for text in kinds)) or KINDS
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    gpu = f"{torch.cuda.get_device_name()} ({compute_capability()})" if device.type == "cuda" else "no GPU"
+    output.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        if stage == "probe":
+            results = probe()
+        elif stage == "correctness":
+            results = correctness()
+        else:
+            results = measure(stage, chosen, rounds=rounds, size=size, device=device)
+        record = {"stage": stage, "command": command, "gpu": gpu, **environment(), "results": results}
+        replace_file(output / f"gpu-{stage}.json", json.dumps(record, indent=2) + "\n")
+        write_table(output)
+        yield output / f"gpu-{stage}.json"
