@@ -15,7 +15,7 @@ FOUNDATION = {"errors", "specs", "models", "taps"}
 """Modules of `tgate_trt` on which every room may stand."""
 ALLOWED = {
     "export": FOUNDATION | {"export"},
-    "engines": FOUNDATION | {"engines"},
+    "engines": FOUNDATION | {"engines", "kernels"},
     "kernels": FOUNDATION | {"kernels"},
     "tgate_trt": FOUNDATION | {"export", "engines", "kernels"},
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
+from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
 from tgate_trt.specs import CACHE_PREFIX, ROWS, TensorSpec
 
@@ -96,6 +97,7 @@ class GatedDenoiser(nn.Module):
         self._low_memory = low_memory and planning is not fidelity
         self._run: _Run | None = None
         self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._hand_offs: dict[tuple[int, int], HandOff] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -156,6 +158,7 @@ class GatedDenoiser(nn.Module):
         self.fidelity.close()
         self._run = None
         self._memory.clear()
+        self._hand_offs.clear()
 
     def _refuse_unknown(self, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         known = {tensor.name for tensor in (*self.planning.spec.inputs, *self.fidelity.spec.inputs)}
@@ -202,6 +205,8 @@ class GatedDenoiser(nn.Module):
             )
         for key in [key for key in self._memory if key[1] not in (rows, rows // 2)]:
             del self._memory[key]
+        for sizes in [sizes for sizes in self._hand_offs if sizes[0] != rows]:
+            del self._hand_offs[sizes]
         timesteps = pipeline.scheduler.timesteps
         return _Run(timesteps, schedule_of(pipeline, timestep, self.gate_step), guided, rows, _place(timesteps, timestep))
 
@@ -226,12 +231,10 @@ class GatedDenoiser(nn.Module):
 
     def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
         """Write this run's caches: the mean of the guidance halves, or a copy without guidance."""
-        for name, cache in self._caches(run).items():
-            if run.guided:
-                negative, positive = outputs[name].chunk(2)
-                torch.lerp(negative, positive, 0.5, out=cache)
-            else:
-                cache.copy_(outputs[name])
+        key = (run.rows, run.images)
+        if key not in self._hand_offs:
+            self._hand_offs[key] = HandOff(outputs, self._caches(run))
+        self._hand_offs[key].run()
         run.has_cache = True
 
     def _refine(self, run: _Run, tensors: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,140 @@
+"""The hand-off at the gate: the attention outputs of the last planning step become the caches, all in one launch.
+
+Under guidance a cache is the mean of its tap's two halves ``[negative, positive]``, else a copy (T-GATE, arXiv 2404.02747,
+section 4.2). SDXL has 70 taps of two shapes; launched one by one they cost more in launches than in memory traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from tgate_trt.errors import GateError, UnsupportedError
+from tgate_trt.kernels.language import DTYPES, HAS_TRITON, jit, tl
+
+BLOCK = 4096
+"""Elements that one program writes: two loads of 16 bytes a thread and half in fp16."""
+WARPS = 8
+ALIGNMENT = 16
+"""Bytes that one thread loads at once, and to which PyTorch aligns whatever it allocates."""
+
+
+@jit
+def hand_off_kernel(
+    table,  # [programs, 4] int64: addresses of the first half, of the second half and of the cache, and the number of elements
+    DTYPE: tl.constexpr,
+    MEAN: tl.constexpr,  # of both halves, or a copy of the first
+    ALIGNED: tl.constexpr,  # bytes to which every address is aligned
+    BLOCK: tl.constexpr,
+):
+    """A program owns up to BLOCK elements of one cache; its row of the table says which."""
+    entry = table + tl.program_id(0) * 4
+    first = tl.multiple_of(tl.load(entry), ALIGNED).to(tl.pointer_type(DTYPE))
+    cache = tl.multiple_of(tl.load(entry + 2), ALIGNED).to(tl.pointer_type(DTYPE))
+    place = tl.arange(0, BLOCK)
+    inside = place < tl.load(entry + 3)
+
+    value = tl.load(first + place, mask=inside)
+    if MEAN:
+        second = tl.multiple_of(tl.load(entry + 1), ALIGNED).to(tl.pointer_type(DTYPE))
+        value = 0.5 * value.to(tl.float32) + 0.5 * tl.load(second + place, mask=inside).to(tl.float32)
+    tl.store(cache + place, value.to(DTYPE), mask=inside)
+
+
+def reference(outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> None:
+    """What the kernel does, a tap at a time, in PyTorch.
+
+    Args:
+        outputs: attention outputs by tap, ``[rows, tokens, width]``, or twice the rows: ``[negative, positive]``.
+        caches: written; ``[rows, tokens, width]``, of the same names and dtypes.
+    """
+    for name, cache in caches.items():
+        output = outputs[name]
+        if output.shape == cache.shape:
+            cache.copy_(output)
+        else:
+            negative, positive = output.chunk(2)
+            torch.lerp(negative, positive, 0.5, out=cache)
+
+
+class HandOff:
+    """Writes caches out of attention outputs that stay where they are, from run to run."""
+
+    def __init__(self, outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor], kernel: Any = hand_off_kernel) -> None:
+        """Note where everything lies.
+
+        Args:
+            outputs: attention outputs by tap, ``[rows, tokens, width]``, or twice the rows: ``[negative, positive]``. More
+                than ``caches`` names may be there.
+            caches: ``[rows, tokens, width]``, of one dtype; contiguous, as ``outputs`` are.
+            kernel: what is launched; the tests pass Triton's interpreter of the same function.
+
+        Raises:
+            GateError: if a tap is missing or does not fit its cache.
+            UnsupportedError: if the kernel does not take the dtypes.
+        """
+        self._outputs = {name: _checked(name, outputs.get(name), cache) for name, cache in caches.items()}
+        self._caches = dict(caches)
+        self._kernel = kernel
+        self._runs_kernel = kernel is not hand_off_kernel or (HAS_TRITON and any(cache.is_cuda for cache in caches.values()))
+        if not self._caches or not self._runs_kernel:
+            return
+        dtypes = {tensor.dtype for tensor in caches.values()}
+        means = {len(self._outputs[name]) != len(cache) for name, cache in caches.items()}
+        if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or len(means) > 1:
+            raise UnsupportedError(f"one hand-off is all means or all copies, in one of fp16, bf16 and fp32, got {dtypes}")
+        (self._dtype,), (self._mean,) = dtypes, means
+        table = numpy.concatenate([_entries(self._outputs[name], cache) for name, cache in caches.items()])
+        self._aligned = int(numpy.gcd.reduce(table[:, :3], axis=None, initial=ALIGNMENT))
+        self._table = torch.from_numpy(table).to(next(iter(caches.values())).device)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that one hand-off reads and writes."""
+        return sum(tensor.nbytes for tensor in (*self._outputs.values(), *self._caches.values()))
+
+    def run(self) -> None:
+        """Write every cache, in one launch on PyTorch's current stream, or by PyTorch where the caches are not on a GPU."""
+        if not self._runs_kernel:
+            reference(self._outputs, self._caches)
+        elif self._caches:
+            self._kernel[(len(self._table),)](
+                self._table,
+                DTYPE=getattr(tl, str(self._dtype).removeprefix("torch.")),
+                MEAN=self._mean,
+                ALIGNED=self._aligned,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+
+
+def _checked(name: str, output: Tensor | None, cache: Tensor) -> Tensor:
+    """The output of a tap that a cache is written from."""
+    if output is None:
+        raise GateError(f"there is no attention output for {name!r}")
+    fits = output.shape[1:] == cache.shape[1:] and len(output) in (len(cache), 2 * len(cache)) and output.dtype == cache.dtype
+    if not fits or output.device != cache.device or not output.is_contiguous() or not cache.is_contiguous():
+        raise GateError(
+            f"the cache {name!r} {list(cache.shape)} in {cache.dtype} cannot be written from {list(output.shape)} in {output.dtype}; "
+            "it takes as many rows or twice as many, contiguous, on the same device"
+        )
+    return output
+
+
+def _entries(output: Tensor, cache: Tensor) -> numpy.ndarray[Any, numpy.dtype[numpy.int64]]:
+    """Rows of the kernel's table for one tap."""
+    start = numpy.arange(0, cache.numel(), BLOCK, dtype=numpy.int64)
+    first = output.data_ptr() + start * cache.itemsize
+    return numpy.stack(
+        [
+            first,
+            first + output.nbytes - cache.nbytes,
+            cache.data_ptr() + start * cache.itemsize,
+            numpy.minimum(cache.numel() - start, BLOCK),
+        ],
+        axis=1,
+    )
