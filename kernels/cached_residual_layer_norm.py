@@ -28,14 +28,26 @@ class Tile:
     warps: int
 
 
-TUNED = {320: Tile(4, 4), 640: Tile(2, 4), 1152: Tile(1, 4), 1280: Tile(1, 4)}
+TUNED = {320: Tile(1, 1), 640: Tile(1, 2), 1152: Tile(1, 4), 1280: Tile(1, 4)}
 """For the widths of SD 1.5 (320, 640, 1280), SDXL (640, 1280) and PixArt (1152): 16 elements a thread, two loads of 16 bytes in fp16."""
 
 
 def tile_of(width: int) -> Tile:
     """The tile for rows of a width: about 16 elements a thread."""
     block = power_of_two(width)
-    return TUNED.get(width) or Tile(max(1, 2048 // block), 8 if block > 2048 else 4)
+    return TUNED.get(width) or Tile(max(1, 512 // block), min(8, max(1, block // 512)))
+
+
+def check_takes(width: int, dtype: torch.dtype) -> None:
+    """Check that the kernel takes rows of a width and dtype.
+
+    Raises:
+        UnsupportedError: if it does not.
+    """
+    if dtype not in DTYPES or width not in WIDTHS:
+        raise UnsupportedError(
+            f"the kernel takes rows of {WIDTHS.start} to {WIDTHS.stop - 1} in fp16, bf16 or fp32, got rows of {width} in {dtype}"
+        )
 
 
 @jit
@@ -120,10 +132,7 @@ def launch(
     """
     _check(hidden, cache, weight, bias)
     width = hidden.shape[-1]
-    if hidden.dtype not in DTYPES or width not in WIDTHS:
-        raise UnsupportedError(
-            f"the kernel takes rows of {WIDTHS.start} to {WIDTHS.stop - 1} in fp16, bf16 or fp32, got rows of {width} in {hidden.dtype}"
-        )
+    check_takes(width, hidden.dtype)
     hidden, cache = _rows(hidden), _rows(cache)
     if not hidden.shape[0]:
         return

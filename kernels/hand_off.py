@@ -20,27 +20,29 @@ BLOCK = 4096
 """Elements that one program writes: two loads of 16 bytes a thread and half in fp16."""
 WARPS = 8
 ALIGNMENT = 16
-"""Bytes that one thread loads at once, and to which PyTorch aligns whatever it allocates."""
+"""Bytes that one thread loads at once, where addresses and sizes are multiples of it: always, but for views at odd places."""
 
 
 @jit
 def hand_off_kernel(
-    table,  # [programs, 4] int64: addresses of the first half, of the second half and of the cache, and the number of elements
+    table,  # [programs, 4] int64: addresses of the first half, of the second half and of the cache, and the number of bytes
     DTYPE: tl.constexpr,
     MEAN: tl.constexpr,  # of both halves, or a copy of the first
-    ALIGNED: tl.constexpr,  # bytes to which every address is aligned
+    ALIGNED: tl.constexpr,  # bytes of which every number in the table is a multiple
     BLOCK: tl.constexpr,
 ):
     """A program owns up to BLOCK elements of one cache; its row of the table says which."""
     entry = table + tl.program_id(0) * 4
-    first = tl.multiple_of(tl.load(entry), ALIGNED).to(tl.pointer_type(DTYPE))
-    cache = tl.multiple_of(tl.load(entry + 2), ALIGNED).to(tl.pointer_type(DTYPE))
+    # Triton forgets what it is told of a number when it becomes a pointer: the hint comes after the cast.
+    first = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), ALIGNED)
+    cache = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(DTYPE)), ALIGNED)
+    size: tl.constexpr = DTYPE.primitive_bitwidth // 8
     place = tl.arange(0, BLOCK)
-    inside = place < tl.load(entry + 3)
+    inside = place < tl.multiple_of((tl.load(entry + 3) // size).to(tl.int32), ALIGNED // size)
 
     value = tl.load(first + place, mask=inside)
     if MEAN:
-        second = tl.multiple_of(tl.load(entry + 1), ALIGNED).to(tl.pointer_type(DTYPE))
+        second = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), ALIGNED)
         value = 0.5 * value.to(tl.float32) + 0.5 * tl.load(second + place, mask=inside).to(tl.float32)
     tl.store(cache + place, value.to(DTYPE), mask=inside)
 
@@ -89,7 +91,7 @@ class HandOff:
             raise UnsupportedError(f"one hand-off is all means or all copies, in one of fp16, bf16 and fp32, got {dtypes}")
         (self._dtype,), (self._mean,) = dtypes, means
         table = numpy.concatenate([_entries(self._outputs[name], cache) for name, cache in caches.items()])
-        self._aligned = int(numpy.gcd.reduce(table[:, :3], axis=None, initial=ALIGNMENT))
+        self._aligned = int(numpy.gcd.reduce(table, axis=None, initial=ALIGNMENT))
         self._table = torch.from_numpy(table).to(next(iter(caches.values())).device)
 
     @property
@@ -127,14 +129,7 @@ def _checked(name: str, output: Tensor | None, cache: Tensor) -> Tensor:
 
 def _entries(output: Tensor, cache: Tensor) -> numpy.ndarray[Any, numpy.dtype[numpy.int64]]:
     """Rows of the kernel's table for one tap."""
-    start = numpy.arange(0, cache.numel(), BLOCK, dtype=numpy.int64)
-    first = output.data_ptr() + start * cache.itemsize
-    return numpy.stack(
-        [
-            first,
-            first + output.nbytes - cache.nbytes,
-            cache.data_ptr() + start * cache.itemsize,
-            numpy.minimum(cache.numel() - start, BLOCK),
-        ],
-        axis=1,
-    )
+    start = numpy.arange(0, cache.nbytes, BLOCK * cache.itemsize, dtype=numpy.int64)
+    first = output.data_ptr() + start
+    count = numpy.minimum(cache.nbytes - start, BLOCK * cache.itemsize)
+    return numpy.stack([first, first + output.nbytes - cache.nbytes, cache.data_ptr() + start, count], axis=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,30 +19,29 @@ class Machine:
 
     def ready(self, kernel: Any) -> Any:
         """The kernel itself for a GPU, Triton's interpreter of it for the CPU."""
-        if self.device == "cuda":
-            return kernel
+        return kernel if self.device == "cuda" else Interpreted(kernel)
+
+
+@dataclass(frozen=True)
+class Interpreted:
+    """A kernel in Triton's interpreter, which has to be told of functions of Triton that are kernels themselves."""
+
+    kernel: Any
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        import triton.language as tl
         from triton.runtime.interpreter import InterpretedFunction
 
-        return InterpretedFunction(kernel.fn)
+        def run(*arguments: Any, **constants: Any) -> None:
+            with mock.patch.object(tl, "sum", InterpretedFunction(tl.sum.fn)):
+                InterpretedFunction(self.kernel.fn)[grid](*arguments, **constants)
+
+        return run
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest) -> Machine:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no NVIDIA GPU here")
+    pytest.importorskip("triton")
     return Machine(request.param)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def library_functions_are_interpreted() -> Any:
-    """Triton's own functions in Triton, such as ``tl.sum``, are interpreted only if it is imported so: done here for one more."""
-    tl = pytest.importorskip("triton.language")
-    from triton.runtime.interpreter import InterpretedFunction
-
-    if torch.cuda.is_available():  # a kernel compiled later would find the interpreted function
-        yield
-        return
-    whole = tl.sum
-    tl.sum = InterpretedFunction(whole.fn)
-    yield
-    tl.sum = whole
