@@ -2,12 +2,13 @@
 
 It reads a task from the standard input as JSON, parses the graph, compares the network with the spec, builds, and streams
 the plan to disk. It prints a JSON line for each step of progress and one for its end, and writes the builder's whole log
-to a file. It imports neither torch nor onnx.
+to a file. It imports neither torch nor onnx, but for a graph with a plugin, which needs torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tgate_trt.engines.tensorrt_builder import PlanOptions, partial_of
-from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Api, Flavour
+from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Api, Flavour, compute_capability
 from tgate_trt.errors import BuildError, UnsupportedError
 from tgate_trt.specs import GraphSpec
 
@@ -241,6 +242,8 @@ def _build(task: Mapping[str, Any], log: Any) -> dict[str, Any]:
     start = time.perf_counter()
     trt_logger = _log_to(trt, log, errors)
     builder = trt.Builder(trt_logger)
+    if task["plugins"]:
+        _register_plugin(flavour, options)
     network, parser = parse(trt, builder, Path(task["graph"]), trt_logger)
     check_network(network, spec)
     layers = network.num_layers
@@ -253,6 +256,15 @@ def _build(task: Mapping[str, Any], log: Any) -> dict[str, Any]:
     if not done:
         raise BuildError("it was cancelled" if phases.cancelled else _first_reason(errors))
     return {"seconds": round(time.perf_counter() - start, 1), "bytes": plan.stat().st_size, "layers": layers}
+
+
+def _register_plugin(flavour: Flavour, options: PlanOptions) -> None:
+    """Make the plugin known to TensorRT, for the GPU here, or for the oldest of all that shall run the plan."""
+    from tgate_trt.kernels import tensorrt_plugin
+
+    plugin = importlib.import_module(f"{flavour.load().__name__}.plugin")
+    capability = "SM80" if options.hardware_compatible else str(compute_capability())
+    tensorrt_plugin.register(plugin, int(capability.removeprefix("SM")))
 
 
 _HINTS = (

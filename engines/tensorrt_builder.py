@@ -95,6 +95,7 @@ def build_plan(
     options: PlanOptions,
     *,
     parameters: Mapping[str, TensorSpec] | None = None,
+    plugins: bool = False,
     log: Path | None = None,
     timing_cache: Path | None = None,
     on_progress: Callable[[float, str], None] | None = None,
@@ -108,6 +109,7 @@ def build_plan(
         spec: what the graph takes and gives, with the bounds of every named dimension: the optimisation profile.
         options: how to build.
         parameters: weights that are inputs of the graph, by name.
+        plugins: whether the graph names the plugin of `tgate_trt.kernels.tensorrt_plugin`.
         log: file for the builder's whole log; beside the plan if None.
         timing_cache: file of kernel times that builds share, for TensorRT; is made if it does not exist.
         on_progress: is told the fraction done, from 0 to 1, and the name of the phase.
@@ -129,6 +131,7 @@ def build_plan(
         "name": spec.name,
         "spec": dataclasses.replace(spec, inputs=tuple(inputs)).to_json(),
         "options": options.to_json(),
+        "plugins": plugins,
         "log": str(log or plan.with_suffix(".log")),
         "timing_cache": None if timing_cache is None or not flavour.has_timing_cache else str(timing_cache),
     }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class Api(Protocol):
     """The part of the modules `tensorrt` and `tensorrt_rtx` that is used here: the same in both."""
 
+    __name__: str
     __version__: str
     Builder: type[tensorrt.Builder]
     BuilderFlag: type[tensorrt.BuilderFlag]
@@ -109,6 +110,21 @@ class Flavour:
                 continue
             if hasattr(module, "Builder"):  # a folder of type stubs imports too, as an empty namespace
                 return module
+        return None
+
+    def why_no_plugins(self) -> str | None:
+        """Why an engine cannot hold the plugin of `tgate_trt.kernels.tensorrt_plugin`; None if it can."""
+        if not self.takes_plugins:
+            return f"{self.backend} takes no plugins"
+        version = self.version()
+        if version is None:
+            return f"{self.requirement} is not installed"
+        release = tuple(int(part) for part in version.split(".")[:2])
+        # torch-tensorrt leaves such plugins alone on 10.14.
+        if release < (10, 9) or release == (10, 14):
+            return f"plugins that are compiled ahead of time take TensorRT 10.9 or later, but not 10.14; {version} is installed"
+        if importlib.util.find_spec("triton") is None:
+            return "compiling the plugin takes Triton, which is not installed"
         return None
 
     def check_capabilities(self, capabilities: Sequence[str]) -> None:

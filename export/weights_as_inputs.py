@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 from tgate_trt.specs import TensorSpec
 
 
-def write_with_weights_as_inputs(graph: Path, output: Path, *, convolutions: bool = True) -> dict[str, TensorSpec]:
-    """Write a copy of a graph whose parameters are inputs under their own names.
+def turn_weights_into_inputs(model: ir.Model, *, convolutions: bool = True) -> dict[str, TensorSpec]:
+    """Make a graph's parameters inputs under their own names.
 
     Args:
-        graph: ONNX file whose parameters are external data.
-        output: file to write, in the same folder, where what stays external is still found.
+        model: whose parameters are external data; it is changed.
         convolutions: whether the parameters of convolutions become inputs too. Left in, they stay constants, for which
             an engine may choose and pack kernels when it is built.
 
     Returns:
         The parameters that are now inputs, by name, in the order in which the graph takes them.
     """
-    model = ir.load(graph)
     kept = set() if convolutions else {value for node in model.graph if node.op_type == "Conv" for value in node.inputs}
     parameters = {}
     for name, value in list(model.graph.initializers.items()):
@@ -32,5 +28,4 @@ def write_with_weights_as_inputs(graph: Path, output: Path, *, convolutions: boo
         value.const_value = None
         model.graph.inputs.append(value)
         parameters[name] = TensorSpec(name, str(value.dtype.numpy()), tuple(int(size) for size in value.shape.numpy()))
-    ir.save(model, output)
     return parameters

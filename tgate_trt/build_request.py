@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from tgate_trt.model_source import ModelSource
 
 
+FUSIONS = ("plugin", "function", "off")
+"""How the reuse of the cache runs: as a TensorRT plugin, and as a local function for the other backends; as a local function
+for all; or as the addition and the norm that were traced."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What a bundle is to be built for; each field is a reason to build again when it changes."""
@@ -35,6 +40,8 @@ class Request:
     """Whether text encoders and the VAE's decoder become engines too."""
     discard_graphs: bool = False
     """Whether to leave out of the bundle what its engines do without: graphs and the denoiser's weights."""
+    fuse_cache_reuse: str = "function"
+    """``"function"`` if the reuse of the cache is one op of the graphs, ``"off"`` if it is an addition and a norm."""
 
     def rows(self, graph: str) -> Bounds:
         """Rows of a denoiser's graph: the fidelity graph runs without guidance, the others with or without."""
@@ -45,7 +52,13 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """The part that the manifest keeps as ``built_for``: what decides the graphs."""
-        return {"precision": self.precision, "height": self.height, "width": self.width, "batch_size": str(self.batch_size)}
+        return {
+            "precision": self.precision,
+            "height": self.height,
+            "width": self.width,
+            "batch_size": str(self.batch_size),
+            "fuse_cache_reuse": self.fuse_cache_reuse,
+        }
 
 
 def request_for(
@@ -60,6 +73,7 @@ def request_for(
     verify: bool,
     components: bool,
     discard_graphs: bool,
+    fuse_cache_reuse: str,
 ) -> Request:
     """Check what was asked for, and fill in what was not.
 
@@ -85,7 +99,21 @@ def request_for(
         )
     height, width = height or source.height, width or source.width
     source.signature(height, width, precision)
-    return Request(precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify, components, discard_graphs)
+    return Request(
+        precision, height, width, images, tuple(dict.fromkeys(graphs)), engines, verify, components, discard_graphs, fuse_cache_reuse
+    )
+
+
+def fusion_for(fuse_cache_reuse: str | None) -> tuple[str, bool | None]:
+    """What `Request.fuse_cache_reuse` and `EngineRequest.plugins` become.
+
+    Raises:
+        InputError: if there is no such way.
+    """
+    if fuse_cache_reuse is not None and fuse_cache_reuse not in FUSIONS:
+        raise InputError(f"--fuse-cache-reuse is one of {', '.join(FUSIONS)}, got {fuse_cache_reuse!r}")
+    plugins = None if fuse_cache_reuse is None else fuse_cache_reuse == "plugin"
+    return "off" if fuse_cache_reuse == "off" else "function", plugins
 
 
 def backends_for(backend: str | Sequence[str] | None) -> tuple[str, ...]:

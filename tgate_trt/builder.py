@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tgate_trt import engine_sets, models
-from tgate_trt.build_request import Request, backends_for, request_for
+from tgate_trt.build_request import Request, backends_for, fusion_for, request_for
 from tgate_trt.bundle import PIPELINE, TRACE, Bundle, EngineSet, Manifest, building, copy_into, describe_files, write_manifest
 from tgate_trt.engine_sets import EngineRequest
 from tgate_trt.engines.tensorrt_builder import PlanOptions
 from tgate_trt.errors import BundleError, StaleBundleError
 from tgate_trt.lora import LoraFile
-from tgate_trt.specs import Bounds, GraphSpec
+from tgate_trt.specs import GraphSpec
 from tgate_trt.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.taps import recipe
 from tgate_trt.tracing import save, write_trace
@@ -46,6 +46,7 @@ def build(
     plan_options: PlanOptions | None = None,
     lora: Sequence[str | LoraFile] = (),
     components: bool = True,
+    fuse_cache_reuse: str | None = None,
     discard_graphs: bool = False,
     random_weights: bool = False,
     verify: bool = True,
@@ -69,6 +70,8 @@ def build(
         plan_options: further options of TensorRT plans.
         lora: files to fuse into the weights, ``"FILE"`` or ``"FILE:SCALE"``.
         components: whether text encoders and the VAE's decoder become engines too.
+        fuse_cache_reuse: how the reuse of the cache runs: ``"plugin"``, TensorRT's plugin; ``"function"``, one op that backends
+            expand; ``"off"``, an addition and a norm. If None, the plugin where TensorRT takes it, else the function.
         discard_graphs: whether to leave graphs and weights out of the bundle that baked engines do without. Nothing can
             be added to it then.
         random_weights: whether to fill a named architecture with seeded random weights.
@@ -85,7 +88,8 @@ def build(
     loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in lora]
     source = models.resolve(model, random_weights=random_weights, lora=loras)
     options = dataclasses.replace(plan_options or PlanOptions(), capabilities=tuple(compute_capability))
-    engines = EngineRequest(backends_for(backend), weights, options)
+    fusion, plugins = fusion_for(fuse_cache_reuse)
+    engines = EngineRequest(backends_for(backend), weights, options, plugins)
     request = request_for(
         source,
         precision=precision,
@@ -97,6 +101,7 @@ def build(
         verify=verify,
         components=components,
         discard_graphs=discard_graphs,
+        fuse_cache_reuse=fusion,
     )
     target = Path(output) if output is not None else default_output(source, request)
     existing = None if force else _open_existing(target)
@@ -223,7 +228,7 @@ def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict
     import onnx_ir as ir
 
     trace = ir.load(folder / TRACE)
-    return {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request.rows(name))) for name in new}
+    return {name: _timed(f"{name} graph", partial(_write_graph, folder, trace, name, request)) for name in new}
 
 
 def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
@@ -275,12 +280,17 @@ def _engines(
     return engines
 
 
-def _write_graph(folder: Path, trace: ir.Model, name: str, rows: Bounds) -> GraphSpec:
+def _write_graph(folder: Path, trace: ir.Model, name: str, request: Request) -> GraphSpec:
     from tgate_trt.export.cut import cut, spec_of
+    from tgate_trt.export.fuse import fuse_cache_reuse
 
     model = cut(trace, recipe(name))
+    spec = spec_of(model, name, request.rows(name))
+    if spec.cache_inputs and request.fuse_cache_reuse == "function":
+        places = fuse_cache_reuse(model)
+        logger.info("%s: the reuse of the cache is one op at %d of %d places", name, places, len(spec.cache_inputs))
     save(model, folder, _graph_file(name))
-    return spec_of(model, name, rows)
+    return spec
 
 
 def _graph_file(name: str) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tgate_trt.backends import ONNXRUNTIME
 from tgate_trt.bundle import BESIDE, MANIFEST, EngineSet, link_or_copy, sha256, stamp
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
-from tgate_trt.errors import InputError
+from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.specs import GraphSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class EngineRequest:
     weights: str = "baked"
     """Of `WEIGHTS`; ONNX Runtime reads the bundle's one file in any case."""
     plan_options: PlanOptions = dataclasses.field(default_factory=PlanOptions)
+    plugins: bool | None = None
+    """Whether TensorRT takes the fused reuse of the cache as a plugin; where it can if None."""
 
     def __post_init__(self) -> None:
         """Refuse before anything is started what cannot be built here.
@@ -46,6 +49,10 @@ class EngineRequest:
         if self.weights not in WEIGHTS:
             raise InputError(f"--weights is one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         flavours = [FLAVOURS[backend] for backend in self.backends if backend in FLAVOURS]
+        reasons = [flavour.why_no_plugins() for flavour in flavours]
+        if self.plugins and None not in reasons:
+            reason = "; ".join(str(reason) for reason in reasons) or "plugins are for --backend tensorrt"
+            raise UnsupportedError(f"{reason}; use --fuse-cache-reuse function")
         if self.plan_options != PlanOptions() and not flavours:
             raise InputError("--compute-capability and the other options of plans are for --backend tensorrt-rtx and tensorrt")
         for flavour in flavours:
@@ -63,8 +70,13 @@ class EngineRequest:
         """What the manifest keeps as an `EngineSet`'s options."""
         if backend == ONNXRUNTIME:
             return {}
-        options = self._options(FLAVOURS[backend])
-        return {"weights": self.weights, "gpu": None if options.capabilities else gpu_name(), **options.to_json()}
+        flavour, options = FLAVOURS[backend], self._options(FLAVOURS[backend])
+        built_for = {"weights": self.weights, "gpu": None if options.capabilities else gpu_name(), **options.to_json()}
+        return built_for | ({"plugins": self.uses_plugins(flavour)} if flavour.takes_plugins else {})
+
+    def uses_plugins(self, flavour: Flavour) -> bool:
+        """Whether a flavour's engines hold the plugin."""
+        return self.plugins is not False and flavour.why_no_plugins() is None
 
     def built_with(self, backend: str) -> dict[str, str]:
         """What the manifest keeps as an `EngineSet`'s versions."""
@@ -75,8 +87,8 @@ def request_of(backend: str, engines: EngineSet) -> EngineRequest:
     """The request that would give a backend's engines again."""
     if backend == ONNXRUNTIME:
         return EngineRequest((backend,))
-    options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu")}
-    return EngineRequest((backend,), engines.options["weights"], PlanOptions.from_json(options))
+    options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu", "plugins")}
+    return EngineRequest((backend,), engines.options["weights"], PlanOptions.from_json(options), engines.options.get("plugins"))
 
 
 def stale_reasons(backend: str, held: EngineSet, request: EngineRequest | None) -> list[str]:
@@ -122,8 +134,9 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
     files, keys = {}, {}
     for name, spec in specs.items():
         file = f"{name}.{backend}.plan"
-        with _graph_to_build(folder, name, request.weights) as (graph, parameters):
-            key = _key(folder, graph, spec, request.built_for(backend) | request.built_with(backend))
+        with _graph_to_build(folder, name, request.weights, request.uses_plugins(flavour)) as (graph, parameters):
+            kernels = {"tgate-trt": metadata.version("tgate-trt")} if request.uses_plugins(flavour) else {}
+            key = _key(folder, graph, spec, request.built_for(backend) | request.built_with(backend) | kernels)
             if not _reuse(target, backend, name, key, folder / file):
                 _build(flavour, graph, folder / file, spec, request, parameters, target)
         files[name], keys[name] = file, key
@@ -131,17 +144,25 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 
 
 @contextlib.contextmanager
-def _graph_to_build(folder: Path, name: str, weights: str) -> Iterator[tuple[Path, dict[str, TensorSpec]]]:
+def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Iterator[tuple[Path, dict[str, TensorSpec]]]:
     """The graph from which an engine is built, and those of its inputs that are weights."""
     graph = folder / f"{name}.onnx"
-    if weights == "baked":
+    if weights == "baked" and not plugins:
         yield graph, {}
         return
-    from tgate_trt.export.weights_as_inputs import write_with_weights_as_inputs
+    import onnx_ir as ir
 
-    variant = folder / f".{name}.{weights}.onnx"
+    from tgate_trt.export.fuse import name_plugin
+    from tgate_trt.export.weights_as_inputs import turn_weights_into_inputs
+
+    model = ir.load(graph)
+    parameters = {} if weights == "baked" else turn_weights_into_inputs(model, convolutions=weights == "shared")
+    if plugins:
+        name_plugin(model)
+    variant = folder / f".{name}.variant.onnx"
     try:
-        yield variant, write_with_weights_as_inputs(graph, variant, convolutions=weights == "shared")
+        ir.save(model, variant)
+        yield variant, parameters
     finally:
         variant.unlink(missing_ok=True)
 
@@ -202,6 +223,7 @@ def _build(
         spec,
         request._options(flavour),
         parameters=parameters,
+        plugins=request.uses_plugins(flavour),
         log=beside / "logs" / f"{target.name}.{spec.name}.{flavour.backend}.log",
         timing_cache=beside / f"timing.{flavour.backend}-{flavour.version()}.cache",
         on_progress=tell,

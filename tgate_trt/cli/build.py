@@ -44,6 +44,13 @@ def build(
         list[str] | None, typer.Option(help="FILE or FILE:SCALE to fuse into the weights, .safetensors. May be given several times.")
     ] = None,
     components: Annotated[bool, typer.Option(help="Make engines of text encoders and the VAE's decoder too.")] = True,
+    fuse_cache_reuse: Annotated[
+        str | None,
+        typer.Option(
+            help="How the reuse of the cache runs: plugin, a TensorRT plugin; function, one op that backends expand; off. "
+            "[default: plugin where TensorRT takes it, else function]"
+        ),
+    ] = None,
     discard_graphs: Annotated[
         bool, typer.Option("--discard-graphs", help="Leave graphs and weights out of the bundle that baked engines do without.")
     ] = False,
@@ -95,6 +102,7 @@ def build(
             ),
             lora=lora or (),
             components=components,
+            fuse_cache_reuse=fuse_cache_reuse,
             discard_graphs=discard_graphs,
             random_weights=random_weights,
             verify=verify,

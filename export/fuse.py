@@ -1,0 +1,98 @@
+"""Name the reuse of a cached cross-attention as one op, so that a backend that has a kernel for it can take it whole.
+
+In a graph that takes cross-attention in, each cache is added to the hidden states, and the sum is normalised. That pair
+becomes ``tgate::CachedResidualLayerNorm(hidden, cache, weight, bias, epsilon) -> (residual, normed)``, an ONNX *local
+function* whose body is the pair: a backend without such a kernel expands it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tgate_trt.errors import BuildError
+from tgate_trt.specs import CACHE_PREFIX
+
+DOMAIN, OP = "tgate", "CachedResidualLayerNorm"
+
+
+def fuse_cache_reuse(model: ir.Model) -> int:
+    """Put the op wherever a cache is added and the sum normalised over its last axis; change nothing where none is.
+
+    The weight of a norm without a bias, or a sum that broadcasts, or that normalises anything but its last axis, is left alone.
+
+    Returns:
+        How many places there were: 70 in SDXL, 16 in SD 1.5.
+    """
+    norms = dict.fromkeys(map(_norm_after, model.graph.inputs))
+    places = [norm for norm in norms if norm is not None]
+    for norm in places:
+        _replace(model.graph, norm)
+    if places:
+        function = _function(model.opset_imports[""])
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = 1
+    return len(places)
+
+
+def name_plugin(model: ir.Model) -> int:
+    """Turn the op into TensorRT's plugin of the same name, ahead-of-time form, in the place of the local function.
+
+    TensorRT takes a node for a plugin by its op's name and the attributes ``plugin_namespace`` and ``aot``.
+
+    Returns:
+        How many nodes there were.
+    """
+    model.functions.pop((DOMAIN, OP, ""), None)
+    nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP)]
+    for node in nodes:
+        node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))
+        node.attributes.add(ir.AttrInt64("aot", 1))
+    return len(nodes)
+
+
+def _norm_after(value: ir.Value) -> ir.Node | None:
+    """The norm of the sum of this cache and something of its shape, or None if that is not what becomes of it."""
+    if not str(value.name).startswith(CACHE_PREFIX) or len(uses := list(value.uses())) != 1:
+        return None
+    add = uses[0].node
+    if add.op_type != "Add" or any(operand is None or operand.shape != value.shape for operand in add.inputs):
+        return None
+    total = add.outputs[0]
+    norms = [use.node for use in total.uses() if use.node.op_type == "LayerNormalization"]
+    return norms[0] if len(norms) == 1 and _is_over_last_axis(norms[0], total) else None
+
+
+def _is_over_last_axis(norm: ir.Node, total: ir.Value) -> bool:
+    """Whether a norm is what the op computes: over the last axis of a sum, with a weight and a bias, and one result."""
+    axis = norm.attributes.get_int("axis", -1)
+    rank = len(total.shape or ())
+    return norm.inputs[0] is total and len(norm.inputs) == 3 and axis in (-1, rank - 1) and not any(o.uses() for o in norm.outputs[1:])
+
+
+def _replace(graph: ir.Graph, norm: ir.Node) -> None:
+    total, weight, bias = norm.inputs
+    assert total is not None
+    add = total.producer()
+    if add is None:
+        raise BuildError(f"the sum that {norm.name} normalises comes from nowhere")
+    cache = next(value for value in add.inputs if value is not None and str(value.name).startswith(CACHE_PREFIX))
+    hidden = next(value for value in add.inputs if value is not cache)
+    epsilon = norm.attributes.get_float("epsilon", 1e-5)
+    fused = ir.Node(DOMAIN, OP, [hidden, cache, weight, bias], [ir.AttrFloat32("epsilon", epsilon)], num_outputs=2, name=norm.name)
+    graph.insert_before(norm, fused)
+    for before, after in zip((total, norm.outputs[0]), fused.outputs, strict=True):
+        after.name, after.shape, after.type = before.name, before.shape, before.type
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+    graph.remove([norm, add], safe=True)
+
+
+def _function(opset: int) -> ir.Function:
+    """The op in standard ops."""
+    hidden, cache, weight, bias = (ir.Value(name=name) for name in ("hidden", "cache", "weight", "bias"))
+    add = ir.Node("", "Add", [hidden, cache])
+    add.outputs[0].name = "residual"
+    epsilon = ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT)
+    norm = ir.Node("", "LayerNormalization", [add.outputs[0], weight, bias], [ir.AttrInt64("axis", -1), epsilon])
+    norm.outputs[0].name = "normed"
+    body = ir.Graph([hidden, cache, weight, bias], [*add.outputs, *norm.outputs], nodes=[add, norm], opset_imports={"": opset})
+    return ir.Function(DOMAIN, OP, graph=body, attributes=[ir.Attr("epsilon", ir.AttributeType.FLOAT, None)])
