@@ -7,9 +7,9 @@ function* whose body is the pair: a backend without such a kernel expands it.
 
 from __future__ import annotations
 
+import numpy
 import onnx_ir as ir
 
-from tgate_trt.errors import BuildError
 from tgate_trt.specs import CACHE_PREFIX
 
 DOMAIN, OP = "tgate", "CachedResidualLayerNorm"
@@ -18,7 +18,7 @@ DOMAIN, OP = "tgate", "CachedResidualLayerNorm"
 def fuse_cache_reuse(model: ir.Model) -> int:
     """Put the op wherever a cache is added and the sum normalised over its last axis; change nothing where none is.
 
-    The weight of a norm without a bias, or a sum that broadcasts, or that normalises anything but its last axis, is left alone.
+    A sum that broadcasts, and a norm over more than the last axis, are left alone. A norm without a bias gets one of zeros.
 
     Returns:
         How many places there were: 70 in SDXL, 16 in SD 1.5.
@@ -63,18 +63,16 @@ def _norm_after(value: ir.Value) -> ir.Node | None:
 
 
 def _is_over_last_axis(norm: ir.Node, total: ir.Value) -> bool:
-    """Whether a norm is what the op computes: over the last axis of a sum, with a weight and a bias, and one result."""
-    axis = norm.attributes.get_int("axis", -1)
-    rank = len(total.shape or ())
-    return norm.inputs[0] is total and len(norm.inputs) == 3 and axis in (-1, rank - 1) and not any(o.uses() for o in norm.outputs[1:])
+    """Whether a norm is what the op computes: over the last axis of a sum, with one result."""
+    is_last = norm.attributes.get_int("axis", -1) in (-1, len(total.shape or ()) - 1)
+    return is_last and norm.inputs[0] is total and not any(output.uses() for output in norm.outputs[1:])
 
 
 def _replace(graph: ir.Graph, norm: ir.Node) -> None:
-    total, weight, bias = norm.inputs
-    assert total is not None
-    add = total.producer()
-    if add is None:
-        raise BuildError(f"the sum that {norm.name} normalises comes from nowhere")
+    total, weight, *biases = norm.inputs
+    assert total is not None and weight is not None
+    add, bias = total.producer(), biases[0] if biases else _zeros_like(graph, weight)
+    assert add is not None
     cache = next(value for value in add.inputs if value is not None and str(value.name).startswith(CACHE_PREFIX))
     hidden = next(value for value in add.inputs if value is not cache)
     epsilon = norm.attributes.get_float("epsilon", 1e-5)
@@ -84,6 +82,17 @@ def _replace(graph: ir.Graph, norm: ir.Node) -> None:
         after.name, after.shape, after.type = before.name, before.shape, before.type
         before.replace_all_uses_with(after, replace_graph_outputs=True)
     graph.remove([norm, add], safe=True)
+
+
+def _zeros_like(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """A bias of zeros for a weight, one for all norms of its shape and dtype."""
+    assert weight.shape is not None and weight.dtype is not None
+    (width,) = weight.shape.numpy()
+    name = f"zeros_{width}_{weight.dtype.name.lower()}"
+    if name not in graph.initializers:
+        zeros = ir.tensor(numpy.zeros(width, weight.dtype.numpy()), dtype=weight.dtype, name=name)
+        graph.register_initializer(ir.Value(name=name, shape=weight.shape, type=ir.TensorType(weight.dtype), const_value=zeros))
+    return graph.initializers[name]
 
 
 def _function(opset: int) -> ir.Function:

@@ -174,6 +174,7 @@ def _simplify(model: ir.Model) -> None:
         optimizer.fold_constants(model)
         passes.RemoveUnusedNodesPass()(model)
     _count_rows_of_the_sample(model)
+    _squeeze_what_is_one(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
@@ -195,6 +196,19 @@ def _count_rows_of_the_sample(model: ir.Model) -> None:
         end = node.attributes.get("end")
         if node.op_type == "Shape" and node.inputs[0] in inputs and end is not None and end.as_int() == 1:
             node.replace_input_with(0, sample)
+
+
+def _squeeze_what_is_one(model: ir.Model) -> None:
+    """Remove each squeeze of a dimension that is not 1: PyTorch leaves that alone, and ONNX refuses it. PixArt has one."""
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or len(node.inputs) != 2:
+            continue
+        value, axes = node.inputs
+        if value is None or value.shape is None or axes is None or axes.const_value is None:
+            continue
+        if not any(value.shape[axis] == 1 for axis in axes.const_value.numpy()):
+            node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
 
 
 def _promote_explicitly(model: ir.Model) -> None:

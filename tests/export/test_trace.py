@@ -16,6 +16,7 @@ from tgate_trt.errors import VerificationError
 from tgate_trt.export import weights
 from tgate_trt.export.cut import cut, spec_of
 from tgate_trt.export.eager import run_recipe, tapped_modules
+from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
 from tgate_trt.export.verify import Check, Report, random_inputs, relative_error, verify
 from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, Bounds, GraphSpec
@@ -33,16 +34,18 @@ class Traced:
     model: ir.Model
     folder: Path
 
-    def graph(self, name: str) -> tuple[ir.Model, GraphSpec]:
+    def graph(self, name: str, *, fuse: bool = False) -> tuple[ir.Model, GraphSpec]:
         """Cut a graph and write it."""
         model = cut(self.model, recipe(name))
+        if fuse:
+            assert fuse_cache_reuse(model) == len(spec_of(model, name, ROWS).cache_inputs)
         weights.attach(model, weights.read_places(self.folder / weights.WEIGHTS_FILE), self.folder)
         ir.save(model, self.folder / f"{name}.onnx")
         return model, spec_of(model, name, ROWS)
 
-    def engine(self, name: str) -> OnnxRuntimeEngine:
+    def engine(self, name: str, *, fuse: bool = False) -> OnnxRuntimeEngine:
         """An engine of a graph that was written."""
-        return OnnxRuntimeEngine(self.folder / f"{name}.onnx", self.graph(name)[1], device=torch.device("cpu"), threads=1)
+        return OnnxRuntimeEngine(self.folder / f"{name}.onnx", self.graph(name, fuse=fuse)[1], device=torch.device("cpu"), threads=1)
 
 
 @pytest.fixture(
@@ -100,11 +103,11 @@ def test_planning_gives_one_cache_a_cross_attention(traced: Traced) -> None:
     assert taps
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_every_graph_equals_eager(traced: Traced, graph: str) -> None:
+@pytest.mark.parametrize(("graph", "fuse"), [*((graph, False) for graph in GRAPHS), ("fidelity", True)])
+def test_every_graph_equals_eager(traced: Traced, graph: str, fuse: bool) -> None:
     report = verify(
         lambda: traced.source.load_denoiser(torch.float32),
-        lambda: traced.engine(graph).run,
+        lambda: traced.engine(graph, fuse=fuse).run,
         traced.graph(graph)[1],
         lambda denoiser, inputs: run_recipe(denoiser, recipe(graph), inputs),
         traced.source.signature(traced.source.height, traced.source.width, traced.precision),
