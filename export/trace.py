@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from tgate_trt.eager import forward, tapped
 from tgate_trt.errors import BuildError
-from tgate_trt.export.eager import forward, tapped
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, TensorSpec
 
 OPSET = 20

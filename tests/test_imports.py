@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"errors", "specs", "models", "taps"}
+FOUNDATION = {"errors", "specs", "models", "taps", "eager"}
 """Modules of `tgate_trt` on which every room may stand."""
 ALLOWED = {
     "export": FOUNDATION | {"export"},

@@ -8,27 +8,31 @@ from typing import TYPE_CHECKING
 from tgate_trt.bundle import BESIDE, Bundle, EngineSet
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, compute_capability, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, StaleBundleError, UnsupportedError
-from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
-from tgate_trt.taps import GRAPHS
+from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
+from tgate_trt.taps import GRAPHS, recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
 
     from tgate_trt.engines.base import Engine
     from tgate_trt.engines.shared_weights import SharedWeights
     from tgate_trt.engines.tensorrt import Arena, RuntimeOptions
 
-ONNXRUNTIME = "onnxruntime"
+ONNXRUNTIME, PYTORCH = "onnxruntime", "pytorch"
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", ONNXRUNTIME)
-"""Backends of this version, in the order in which `load` tries them."""
+BACKENDS = ("tensorrt", "tensorrt-rtx", PYTORCH, ONNXRUNTIME)
+"""Backends of this version, in the order in which `load` tries them on a GPU; on the CPU, PyTorch is the last."""
+
+UNCOMPILED = (PYTORCH, ONNXRUNTIME)
+"""Backends that run what a bundle holds anyway, its graphs or its weights, and build nothing."""
 
 
 def why_not(backend: str, engines: EngineSet) -> str | None:
     """Why a bundle's engines of a backend cannot run on this machine; None if they can, as far as that shows without loading one."""
-    if backend == ONNXRUNTIME:
+    if backend in UNCOMPILED:
         return None
     flavour = FLAVOURS.get(backend)
     if flavour is None:
@@ -57,7 +61,10 @@ def choose_backend(bundle: Bundle, backend: str | None) -> str:
     """
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"there is no backend {backend!r}; this version has {', '.join(BACKENDS)}")
-    held = {name: bundle.manifest.engines[name] for name in BACKENDS if name in bundle.manifest.engines and backend in (None, name)}
+    import torch
+
+    order = BACKENDS if torch.cuda.is_available() else sorted(BACKENDS, key=PYTORCH.__eq__)
+    held = {name: bundle.manifest.engines[name] for name in order if name in bundle.manifest.engines and backend in (None, name)}
     if not held:
         raise StaleBundleError(f"{bundle.folder} holds no engine of {backend or 'a backend of this version'}; build it with tgate-build")
     reasons = {name: why_not(name, engines) for name, engines in held.items()}
@@ -84,9 +91,12 @@ class EngineLoader:
     threads: int | None = None
     """CPU threads of an engine; one a core if None."""
     options: RuntimeOptions | None = None
-    """Of TensorRT engines; `runtime_options` of the bundle if None."""
+    """Of engines of a GPU; `runtime_options` of the bundle if None."""
+    compile: bool = False
+    """Whether PyTorch's engines run `torch.compile`'s code."""
     _arena: Arena | None = None
     _weights: dict[tuple[Path, ...], SharedWeights] = dataclasses.field(default_factory=dict)
+    _state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def load(self, graph: str) -> Engine:
         """Load one engine, with the LoRAs that were put into the bundle.
@@ -106,13 +116,33 @@ class EngineLoader:
     def _load(self, graph: str) -> Engine:
         spec = self.bundle.graph(graph)
         path = self.bundle.folder / self.bundle.manifest.engines[self.backend].files[graph]
+        if self.backend in UNCOMPILED:
+            # No profile is needed: such an engine takes every batch for which the trace holds.
+            spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
+        if self.backend == PYTORCH:
+            return self._load_module(graph, path, spec)
         if self.backend == ONNXRUNTIME:
             from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 
-            # ONNX Runtime needs no profile: it takes every batch for which the trace holds.
-            spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
             return OnnxRuntimeEngine(path, spec, device=self.device, threads=self.threads)
         return self._load_plan(graph, path, spec)
+
+    def _load_module(self, graph: str, weights: Path, spec: GraphSpec) -> Engine:
+        """The denoiser in PyTorch; all graphs share its weights."""
+        import torch
+        from safetensors.torch import load_file
+
+        from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
+
+        device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError("PyTorch cannot use CUDA here; use device='cpu'")
+        if not self._state:
+            self._state = load_file(weights, device=str(device))
+        dtype = getattr(torch, DTYPES[self.bundle.manifest.built_for["precision"]])
+        cuda_graphs = (self.options or runtime_options(self.bundle)).cuda_graphs
+        options = PyTorchOptions(cuda_graphs, self.compile, self.threads)
+        return PyTorchEngine(self.bundle.denoiser_on_meta(dtype), self._state, spec, recipe(graph), device, options)
 
     def _load_plan(self, graph: str, path: Path, spec: GraphSpec) -> Engine:
         import torch

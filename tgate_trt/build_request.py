@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tgate_trt.backends import BACKENDS, ONNXRUNTIME
+from tgate_trt.backends import BACKENDS, ONNXRUNTIME, PYTORCH, UNCOMPILED
 from tgate_trt.engine_sets import EngineRequest
 from tgate_trt.engines.tensorrt_flavours import TENSORRT, gpu_is_present
 from tgate_trt.errors import InputError, UnsupportedError
@@ -83,7 +83,8 @@ def request_for(
     """
     if source.denoiser_attribute != "unet":
         raise UnsupportedError(f"{source.name} is a transformer; this version builds UNets")
-    precision = precision or ("fp32" if ONNXRUNTIME in engines.backends else "fp16")
+    on_cpu = ONNXRUNTIME in engines.backends or (PYTORCH in engines.backends and not gpu_is_present())
+    precision = precision or ("fp32" if on_cpu else "fp16")
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "bf16":
@@ -93,7 +94,7 @@ def request_for(
         raise InputError(f"a run may have at most {MAXIMUM_ROWS // 2} images, got batch size {images}")
     for graph in graphs:
         recipe(graph)
-    if discard_graphs and (ONNXRUNTIME in engines.backends or engines.weights != "baked"):
+    if discard_graphs and (set(UNCOMPILED) & set(engines.backends) or engines.weights != "baked"):
         raise InputError(
             "--discard-graphs is for TensorRT engines with --weights baked alone; the others read the bundle's graphs or weights"
         )

@@ -58,7 +58,7 @@ def build(
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
         backend: one of `tgate_trt.backends.BACKENDS`, or several.
-        precision: ``"fp32"`` or ``"fp16"``; fp32 if None and ONNX Runtime is among the backends, else fp16.
+        precision: ``"fp32"`` or ``"fp16"``; if None, fp32 for ONNX Runtime, and for PyTorch without a GPU; else fp16.
         height: of the picture in pixels; the model's own if None.
         width: of the picture in pixels; the model's own if None.
         batch_size: images a run, ``"MIN:OPT:MAX"``.

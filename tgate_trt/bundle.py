@@ -24,11 +24,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgate_trt.errors import BundleError, InputError
 from tgate_trt.schedule import GateStep
 from tgate_trt.specs import Bounds, GraphSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 SCHEMA = 2
 """Version of the manifest's form; a bundle of another one is built again."""
@@ -151,6 +155,17 @@ class Bundle:
     def pipeline(self) -> Path:
         """The diffusers folder of everything but the denoiser's weights."""
         return self.folder / PIPELINE
+
+    def denoiser_on_meta(self, dtype: torch.dtype) -> nn.Module:
+        """The denoiser's architecture on the ``meta`` device: what a pipeline reads of it besides calling it."""
+        import diffusers
+        import torch
+
+        config = json.loads((self.pipeline / self.manifest.model["attribute"] / "config.json").read_text(encoding="utf-8"))
+        kind = getattr(diffusers, config["_class_name"])
+        with torch.device("meta"):
+            denoiser: nn.Module = kind.from_config(config)
+        return torch.nn.Module.to(denoiser.eval(), dtype).requires_grad_(False)
 
     def graph(self, name: str) -> GraphSpec:
         """The spec of a graph.

@@ -14,12 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tgate_trt.backends import ONNXRUNTIME
+from tgate_trt.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
 from tgate_trt.bundle import BESIDE, MANIFEST, EngineSet, link_or_copy, sha256, stamp
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.specs import GraphSpec, TensorSpec
+from tgate_trt.taps import GRAPHS
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class EngineRequest:
 
     backends: tuple[str, ...] = (ONNXRUNTIME,)
     weights: str = "baked"
-    """Of `WEIGHTS`; ONNX Runtime reads the bundle's one file in any case."""
+    """Of `WEIGHTS`; PyTorch and ONNX Runtime read the bundle's one file in any case."""
     plan_options: PlanOptions = dataclasses.field(default_factory=PlanOptions)
     plugins: bool | None = None
     """Whether TensorRT takes the fused reuse of the cache as a plugin; where it can if None."""
@@ -68,7 +69,7 @@ class EngineRequest:
 
     def built_for(self, backend: str) -> dict[str, Any]:
         """What the manifest keeps as an `EngineSet`'s options."""
-        if backend == ONNXRUNTIME:
+        if backend in UNCOMPILED:
             return {}
         flavour, options = FLAVOURS[backend], self._options(FLAVOURS[backend])
         built_for = {"weights": self.weights, "gpu": None if options.capabilities else gpu_name(), **options.to_json()}
@@ -80,12 +81,12 @@ class EngineRequest:
 
     def built_with(self, backend: str) -> dict[str, str]:
         """What the manifest keeps as an `EngineSet`'s versions."""
-        return {} if backend == ONNXRUNTIME else {FLAVOURS[backend].requirement: FLAVOURS[backend].version() or "unknown"}
+        return {} if backend in UNCOMPILED else {FLAVOURS[backend].requirement: FLAVOURS[backend].version() or "unknown"}
 
 
 def request_of(backend: str, engines: EngineSet) -> EngineRequest:
     """The request that would give a backend's engines again."""
-    if backend == ONNXRUNTIME:
+    if backend in UNCOMPILED:
         return EngineRequest((backend,))
     options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu", "plugins")}
     return EngineRequest((backend,), engines.options["weights"], PlanOptions.from_json(options), engines.options.get("plugins"))
@@ -128,6 +129,10 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
     Raises:
         BuildError: if an engine cannot be built.
     """
+    if backend == PYTORCH:  # text encoders and VAE run in diffusers, which is PyTorch too
+        from tgate_trt.export.weights import WEIGHTS_FILE
+
+        return EngineSet(files={name: WEIGHTS_FILE for name in specs if name in GRAPHS})
     if backend == ONNXRUNTIME:
         return EngineSet(files={name: f"{name}.onnx" for name in specs})
     flavour = FLAVOURS[backend]

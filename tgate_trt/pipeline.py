@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +34,7 @@ def load(
     components: bool = True,
     cuda_graphs: bool = True,
     specialisation: str = "lazy",
+    torch_compile: bool = False,
 ) -> Any:
     """Load a bundle as a diffusers pipeline whose denoiser switches engines at the gate.
 
@@ -47,8 +47,9 @@ def load(
         threads: CPU threads of an engine; one a core if None.
         low_memory: whether to hold one of the denoiser's engines at a time; each is loaded anew in every run.
         components: whether text encoders and the VAE's decoder run as engines too, where the bundle holds them.
-        cuda_graphs: whether TensorRT engines capture their launches and replay them.
+        cuda_graphs: whether engines of TensorRT and PyTorch capture their launches on a GPU, and replay them.
         specialisation: when TensorRT-RTX compiles kernels for a shape: ``"lazy"``, in the background; ``"eager"``; ``"none"``.
+        torch_compile: whether PyTorch's engines run `torch.compile`'s code; it takes minutes at the first call.
 
     Returns:
         The `DiffusionPipeline` that the bundle was built from, on the engines' device.
@@ -60,12 +61,12 @@ def load(
     from diffusers import DiffusionPipeline
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation)
+    loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation, torch_compile=torch_compile)
     engines = _Engines.load(loader, low_memory)
     dtype = _pipeline_dtype(opened, engines.device)
     attribute = opened.manifest.model["attribute"]
     parts = load_compiled(opened, _component_graphs(loader) if components else (), loader.load, dtype)
-    given = {name: part.architecture for name, part in parts.items()} | {attribute: architecture_of(opened, dtype)}
+    given = {name: part.architecture for name, part in parts.items()} | {attribute: opened.denoiser_on_meta(dtype)}
     pipeline = DiffusionPipeline.from_pretrained(opened.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     for name, part in parts.items():
         setattr(pipeline, name, part)
@@ -87,6 +88,7 @@ def apply(
     components: bool = False,
     cuda_graphs: bool = True,
     specialisation: str = "lazy",
+    torch_compile: bool = False,
 ) -> Any:
     """Put a bundle's engines into a diffusers pipeline in the place of its UNet or transformer.
 
@@ -102,6 +104,7 @@ def apply(
         components: whether to replace the pipeline's text encoders and VAE too.
         cuda_graphs: see `load`.
         specialisation: see `load`.
+        torch_compile: see `load`.
 
     Returns:
         The same pipeline.
@@ -117,7 +120,7 @@ def apply(
     if not isinstance(denoiser, nn.Module):
         raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
     _refuse_another_model(denoiser, opened)
-    loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation)
+    loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation, torch_compile=torch_compile)
     _put(pipeline, opened, loader, _Engines.load(loader, low_memory), denoiser, gate_step, guidance)
     if components:
         replace_components(pipeline, opened, _component_graphs(loader), loader.load)
@@ -142,17 +145,6 @@ def remove(pipeline: Any) -> Any:
     return pipeline
 
 
-def architecture_of(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
-    """The bundle's denoiser on the ``meta`` device: what a pipeline reads of it besides calling it."""
-    import diffusers
-
-    config = json.loads((bundle.pipeline / bundle.manifest.model["attribute"] / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(diffusers, config["_class_name"])
-    with torch.device("meta"):
-        denoiser: nn.Module = kind.from_config(config)
-    return nn.Module.to(denoiser.eval(), dtype).requires_grad_(False)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Engines:
     """The two engines of a gated run."""
@@ -174,10 +166,18 @@ class _Engines:
 
 
 def _loader(
-    bundle: Bundle, backend: str | None, device: str | torch.device | None, threads: int | None, *, cuda_graphs: bool, specialisation: str
+    bundle: Bundle,
+    backend: str | None,
+    device: str | torch.device | None,
+    threads: int | None,
+    *,
+    cuda_graphs: bool,
+    specialisation: str,
+    torch_compile: bool,
 ) -> EngineLoader:
     options = runtime_options(bundle, cuda_graphs=cuda_graphs, specialisation=specialisation)
-    return EngineLoader(bundle, choose_backend(bundle, backend), None if device is None else torch.device(device), threads, options)
+    chosen, on = choose_backend(bundle, backend), None if device is None else torch.device(device)
+    return EngineLoader(bundle, chosen, on, threads, options, torch_compile)
 
 
 def _component_graphs(loader: EngineLoader) -> list[str]:
@@ -270,7 +270,7 @@ def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
 
     from tgate_trt.export.weights import WEIGHTS_FILE
 
-    own, built = denoiser.state_dict(), architecture_of(bundle, torch.float32).state_dict()
+    own, built = denoiser.state_dict(), bundle.denoiser_on_meta(torch.float32).state_dict()
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
         raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
     if WEIGHTS_FILE not in bundle.manifest.files:

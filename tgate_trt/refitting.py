@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_trt.backends import ONNXRUNTIME, weight_files
+from tgate_trt.backends import UNCOMPILED, weight_files
 from tgate_trt.bundle import Bundle, building, copy_into, describe_files, write_manifest
 from tgate_trt.errors import StaleBundleError, UnsupportedError
 from tgate_trt.lora import Lora, LoraFile, fuse
@@ -121,7 +121,7 @@ def refuse_what_cannot_be_refitted(bundle: Bundle, backend: str, loras: Sequence
         UnsupportedError: naming the engines and what to do.
     """
     engines = bundle.manifest.engines[backend]
-    if backend == ONNXRUNTIME or engines.options["weights"] == "shared" or engines.options["refittable"] or engines.options["stripped"]:
+    if backend in UNCOMPILED or engines.options["weights"] == "shared" or engines.options["refittable"] or engines.options["stripped"]:
         return
     for graph in engines.files:
         changed = _changed(loras, component_of(bundle, graph))

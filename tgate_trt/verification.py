@@ -104,7 +104,7 @@ def _denoiser(task: Task) -> _Reference:
     import torch
 
     from tgate_trt import models
-    from tgate_trt.export.eager import run_recipe
+    from tgate_trt.eager import run_recipe
 
     source = models.resolve_again(task.model, task.random_seed, task.lora)
     return _Reference(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tgate_trt import models
+from tgate_trt.eager import run_recipe
 from tgate_trt.export.cut import cut
-from tgate_trt.export.eager import run_recipe
 from tgate_trt.export.fuse import DOMAIN, OP, fuse_cache_reuse, name_plugin
 from tgate_trt.export.trace import trace
 from tgate_trt.specs import ROWS, TensorSpec

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tgate_trt import models
+from tgate_trt.eager import run_recipe, tapped_modules
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tgate_trt.errors import VerificationError
 from tgate_trt.export import weights
 from tgate_trt.export.cut import cut, spec_of
-from tgate_trt.export.eager import run_recipe, tapped_modules
 from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
 from tgate_trt.export.verify import Check, Report, random_inputs, relative_error, verify

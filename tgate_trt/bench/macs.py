@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.export.eager import forward
+from tgate_trt.eager import forward
 from tgate_trt.specs import ROWS, TensorSpec
 from tgate_trt.taps import TAPPED_MODULES, recipe
 

@@ -20,7 +20,6 @@ from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.engines.base import Engine
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.generate import scheduler_of
-from tgate_trt.pipeline import architecture_of
 from tgate_trt.schedule import NONE, planning_steps
 from tgate_trt.specs import DTYPES, GraphSpec
 
@@ -77,7 +76,7 @@ class Studio:
         self.device = device
         self.loader = EngineLoader(bundle, choose_backend(bundle, backend), device, threads)
         self.dtype: torch.dtype = getattr(torch, DTYPES[bundle.manifest.built_for["precision"]]) if device.type == "cuda" else torch.float32
-        self.architecture = architecture_of(bundle, self.dtype)
+        self.architecture = bundle.denoiser_on_meta(self.dtype)
         self.keeps_engines = _fits(bundle)
         """Whether all engines stay loaded; where memory does not allow it, only those in use do."""
         self._engines: dict[str, Engine] = {}

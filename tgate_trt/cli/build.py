@@ -21,10 +21,13 @@ def build(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="onnxruntime, tensorrt-rtx, tensorrt. May be given several times. [default: tensorrt with a GPU, else onnxruntime]"
+            help="onnxruntime, pytorch, tensorrt-rtx, tensorrt. May be given several times. "
+            "[default: tensorrt with a GPU, else onnxruntime]"
         ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or fp16. [default: fp32 for onnxruntime, else fp16]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or fp16. [default: fp32 for onnxruntime, and for pytorch without a GPU; else fp16]")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",

@@ -17,12 +17,13 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Inputs that diffusers passes inside the dictionary ``added_cond_kwargs``."""
 
 
-def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor:
     """Call a diffusers denoiser with its inputs by their names in `tgate_trt.models.signature`.
 
     Args:
         denoiser: a UNet or a transformer of diffusers.
-        tensors: inputs by name, at least ``sample``, ``timestep`` and ``encoder_hidden_states``.
+        tensors: inputs by name, at least ``sample``, ``timestep`` and ``encoder_hidden_states``; the last may be None where
+            every cross-attention is cached.
 
     Returns:
         The prediction, ``[batch, channels, height, width]``.

@@ -1,0 +1,251 @@
+"""PyTorch: runs a cut by the denoiser itself, on a GPU with our kernels and CUDA graphs, on the CPU in eager mode.
+
+It needs no compiler and takes every GPU that PyTorch does. A tap that is taken in stands in the place of its attention
+module, which is not run; where a block of diffusers allows it, the sum and the norm after it are one kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.eager import forward, tapped_modules
+from tgate_trt.engines.base import check, given
+from tgate_trt.errors import BundleError, GateError
+from tgate_trt.kernels.cached_residual_layer_norm import cached_residual_layer_norm
+from tgate_trt.specs import CACHE_PREFIX, GraphSpec
+from tgate_trt.taps import Recipe, kind_of
+
+_MAXIMUM_GRAPHS = 8
+"""CUDA graphs that an engine keeps, one for each batch size and set of buffers."""
+
+
+@dataclass(frozen=True)
+class PyTorchOptions:
+    """How an engine runs."""
+
+    cuda_graphs: bool = True
+    """Whether to capture the launches of a call on a GPU, and replay them."""
+    compile: bool = False
+    """Whether to run `torch.compile`'s code: minutes at the first call of each batch size."""
+    threads: int | None = None
+    """CPU threads; as PyTorch is set if None."""
+
+
+class PyTorchEngine:
+    """A denoiser with the taps of one graph taken in and given out."""
+
+    def __init__(
+        self,
+        architecture: nn.Module,
+        weights: Mapping[str, Tensor],
+        spec: GraphSpec,
+        recipe: Recipe,
+        device: torch.device,
+        options: PyTorchOptions | None = None,
+    ) -> None:
+        """Put weights into an architecture, and cut it.
+
+        Args:
+            architecture: the denoiser of diffusers on the ``meta`` device; it is used up.
+            weights: by state-dict name, on ``device``; several engines may share them.
+            spec: what the graph takes and gives.
+            recipe: which taps are taken in and given out.
+            device: ``cpu`` or a CUDA device.
+            options: how to run.
+
+        Raises:
+            BundleError: if the weights are not those of the architecture.
+        """
+        self._spec, self._device, self._options = spec, device, options or PyTorchOptions()
+        self._weights = weights
+        self._replaced: set[str] = set()
+        try:
+            architecture.load_state_dict(dict(weights), assign=True)
+        except RuntimeError as error:
+            raise BundleError(
+                f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        self._denoiser = architecture.eval().requires_grad_(False)
+        cut = _Cut(self._denoiser, recipe)
+        self._call = torch.compile(cut, dynamic=False) if self._options.compile else cut
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        self._pool: Any = None
+        self._met: set[tuple[int, ...]] = set()
+        self._closed = False
+
+    @property
+    def spec(self) -> GraphSpec:
+        """The graph's inputs and outputs."""
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors that `run` is given must lie."""
+        return self._device
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+        """Run once; see `tgate_trt.engines.base.Engine.run`.
+
+        On a GPU the second call with the same caches, outputs and batch size captures a CUDA graph, and the later ones
+        replay it; the other inputs are copied to where it reads them.
+        """
+        if self._closed:
+            raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
+        taken = {tensor.name: given(self._spec, inputs, tensor) for tensor in self._spec.inputs}
+        made = {tensor.name: given(self._spec, outputs, tensor) for tensor in self._spec.outputs}
+        for tensor in (*self._spec.inputs, *self._spec.outputs):
+            check(self._spec, tensor, {**taken, **made}[tensor.name], self._device)
+        with torch.inference_mode(), self._on(stream):
+            if self._device.type == "cuda" and self._options.cuda_graphs:
+                self._replay(taken, made)
+            else:
+                self._run_into(taken, made)
+
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
+        own = {name: tensor for name, tensor in weights.items() if name in self._weights}
+        state = {name: self._weights[name] for name in self._replaced}
+        state |= {name: tensor.to(self._device, self._weights[name].dtype) for name, tensor in own.items()}
+        self.unload()  # a captured graph reads the old ones where they lay
+        self._denoiser.load_state_dict(state, strict=False, assign=True)
+        self._denoiser.requires_grad_(False)
+        self._replaced = set(own)
+
+    def unload(self) -> None:
+        """Free the captured graphs and what they hold; the weights stay, for engines share them."""
+        self._graphs.clear()
+        self._met.clear()
+
+    def close(self) -> None:
+        """Free the graphs and the weights; the engine cannot run again."""
+        self._closed = True
+        self.unload()
+        self._denoiser.to("meta")
+        self._weights = {}
+
+    @contextlib.contextmanager
+    def _on(self, stream: int | None) -> Iterator[None]:
+        """On a CUDA stream that is given, and with the threads that were asked for on the CPU."""
+        if self._device.type == "cuda":
+            external = None if stream is None else torch.cuda.ExternalStream(stream, self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(external):
+                yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._options.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        results = self._call(inputs)
+        for name, output in outputs.items():
+            output.copy_(results[name])
+
+    def _replay(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        fixed = [tensor for name, tensor in inputs.items() if name.startswith(CACHE_PREFIX)] + list(outputs.values())
+        key = (len(inputs["sample"]), *(tensor.data_ptr() for tensor in fixed))
+        captured = self._graphs.get(key)
+        if captured is None:
+            if key not in self._met:  # the first call warms up what may not be set up within a capture
+                self._met.add(key)
+                self._run_into(inputs, outputs)
+                return
+            if len(self._graphs) == _MAXIMUM_GRAPHS:
+                self.unload()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            captured = self._graphs[key] = _Captured.capture(self._run_into, inputs, outputs, self._pool)
+        captured.replay(inputs)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The launches of one call, and the tensors that they read and write."""
+
+    graph: Any
+    inputs: Mapping[str, Tensor]
+    """Copies of the inputs, but for the caches, at fixed addresses."""
+    held: tuple[Tensor, ...]
+    """Caches and outputs: the caller's, kept alive."""
+
+    @classmethod
+    def capture(cls, run_into: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], pool: Any) -> _Captured:
+        own = {name: tensor.clone() for name, tensor in inputs.items() if not name.startswith(CACHE_PREFIX)}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            run_into({**inputs, **own}, outputs)
+        caches = [tensor for name, tensor in inputs.items() if name not in own]
+        return cls(graph, own, (*caches, *outputs.values()))
+
+    def replay(self, inputs: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.inputs.items():
+            tensor.copy_(inputs[name])
+        self.graph.replay()
+
+
+class _Cut(nn.Module):
+    """A denoiser called by tensor names, with taps in the place of modules that they come from, and given out."""
+
+    def __init__(self, denoiser: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._taken: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
+        self._gives_what_it_takes = bool(set(recipe.takes_in) & set(recipe.gives_out))
+        for tap, module in list(tapped_modules(denoiser)):
+            name, kind = CACHE_PREFIX + tap, kind_of(tap)
+            if kind in recipe.takes_in:
+                self._take_in(name, tap, module)
+            elif kind in recipe.gives_out:
+                module.register_forward_hook(partial(self._give_out, name))
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._taken = {name: tensor for name, tensor in tensors.items() if name.startswith(CACHE_PREFIX)}
+        self._made = dict(self._taken) if self._gives_what_it_takes else {}
+        inputs = {name: tensor for name, tensor in tensors.items() if name not in self._taken}
+        # Blocks whose cross-attention is cached need no text, and their graph takes none.
+        prediction = forward(self.denoiser, {"encoder_hidden_states": None, **inputs})
+        return {"noise_pred": prediction, **self._made}
+
+    def _take_in(self, name: str, tap: str, module: nn.Module) -> None:
+        block = self.denoiser.get_submodule(tap.partition(".")[2])
+        if _adds_and_normalises(block, module):
+            block.forward = partial(self._forward_block, block, name)
+        else:
+            module.forward = lambda *_, **__: self._taken[name]
+
+    def _forward_block(self, block: Any, name: str, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """A block of diffusers with its cross-attention cached: `BasicTransformerBlock.forward` with ``norm_type="layer_norm"``."""
+        hidden = block.attn1(block.norm1(hidden_states), attention_mask=attention_mask) + hidden_states
+        norm = block.norm3
+        residual, normed = cached_residual_layer_norm(hidden, self._taken[name], norm.weight, norm.bias, norm.eps)
+        output: Tensor = block.ff(normed) + residual
+        return output
+
+    def _give_out(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._made[name] = output
+
+
+def _adds_and_normalises(block: nn.Module, attention: nn.Module) -> bool:
+    """Whether a block adds this attention's output to its input, and next gives the sum to an affine norm: then both are one op."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    return (
+        type(block) is BasicTransformerBlock
+        and attention is block.attn2
+        and block.norm_type == "layer_norm"
+        and not block.only_cross_attention
+        and block.pos_embed is None
+        and block._chunk_size is None
+        and not hasattr(block, "fuser")
+        and isinstance(block.norm3, nn.LayerNorm)
+        and block.norm3.bias is not None
+    )
