@@ -36,6 +36,8 @@ class PyTorchOptions:
     """Whether to run `torch.compile`'s code: minutes at the first call of each batch size."""
     threads: int | None = None
     """CPU threads; as PyTorch is set if None."""
+    fuse_cache_reuse: bool = True
+    """Whether a cache is added and the sum normalised by one kernel where a block allows it."""
 
 
 class PyTorchEngine:
@@ -73,7 +75,7 @@ class PyTorchEngine:
                 f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}"
             ) from error
         self._denoiser = architecture.eval().requires_grad_(False)
-        cut = _Cut(self._denoiser, recipe)
+        cut = _Cut(self._denoiser, recipe, fuse=self._options.fuse_cache_reuse)
         self._call = torch.compile(cut, dynamic=False) if self._options.compile else cut
         self._graphs: dict[tuple[int, ...], _Captured] = {}
         self._pool: Any = None
@@ -194,9 +196,10 @@ class _Captured:
 class _Cut(nn.Module):
     """A denoiser called by tensor names, with taps in the place of modules that they come from, and given out."""
 
-    def __init__(self, denoiser: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, denoiser: nn.Module, recipe: Recipe, *, fuse: bool) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self._fuse = fuse
         self._taken: dict[str, Tensor] = {}
         self._made: dict[str, Tensor] = {}
         self._gives_what_it_takes = bool(set(recipe.takes_in) & set(recipe.gives_out))
@@ -217,7 +220,7 @@ class _Cut(nn.Module):
 
     def _take_in(self, name: str, tap: str, module: nn.Module) -> None:
         block = self.denoiser.get_submodule(tap.partition(".")[2])
-        if _adds_and_normalises(block, module):
+        if self._fuse and _adds_and_normalises(block, module):
             block.forward = partial(self._forward_block, block, name)
         else:
             module.forward = lambda *_, **__: self._taken[name]

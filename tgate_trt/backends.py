@@ -139,9 +139,14 @@ class EngineLoader:
             raise UnsupportedError("PyTorch cannot use CUDA here; use device='cpu'")
         if not self._state:
             self._state = load_file(weights, device=str(device))
-        dtype = getattr(torch, DTYPES[self.bundle.manifest.built_for["precision"]])
-        cuda_graphs = (self.options or runtime_options(self.bundle)).cuda_graphs
-        options = PyTorchOptions(cuda_graphs, self.compile, self.threads)
+        built_for = self.bundle.manifest.built_for
+        dtype = getattr(torch, DTYPES[built_for["precision"]])
+        options = PyTorchOptions(
+            cuda_graphs=(self.options or runtime_options(self.bundle)).cuda_graphs,
+            compile=self.compile,
+            threads=self.threads,
+            fuse_cache_reuse=built_for["fuse_cache_reuse"] == "function",
+        )
         return PyTorchEngine(self.bundle.denoiser_on_meta(dtype), self._state, spec, recipe(graph), device, options)
 
     def _load_plan(self, graph: str, path: Path, spec: GraphSpec) -> Engine:
