@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tgate_trt import models
 from tgate_trt.bench import build_cost, record, scores, steps, stopwatch, tables
 from tgate_trt.bench.__main__ import app
-from tgate_trt.bench.macs import macs_of_picture, macs_of_step
 from tgate_trt.bench.pictures import PARTS
 from tgate_trt.bench.spread import against, spread
 from tgate_trt.bench.studio import CFG_DROP, METHODS, TGATE, VANILLA, Studio
@@ -24,24 +22,6 @@ from tgate_trt.bench.subjects import open_bundle
 from tgate_trt.bundle import STAMPS, Bundle
 from tgate_trt.demo.dataset import ATTRIBUTES
 from tgate_trt.errors import InputError
-
-PUBLISHED = {
-    ("sd15", 512): (0.67722, 0.32434, {25: 16.93, 5: 9.87, 10: 11.64}),
-    ("sdxl", 1024): (5.97732, 2.72754, {25: 149.43, 5: 84.44, 10: 100.69}),
-}
-"""Tera-MACs of a full step at batch 2, of a fidelity step at batch 1, and of 25 steps by gate step: the paper's table 1."""
-
-
-@pytest.mark.parametrize(("name", "size"), PUBLISHED)
-def test_macs_are_the_papers(name: str, size: int) -> None:
-    source = models.resolve(name, random_weights=True)
-    denoiser, inputs = source.denoiser_on_meta(), source.signature(size, size, "fp32")
-    full, fidelity, pictures = PUBLISHED[name, size]
-    step, refinement = macs_of_step(denoiser, inputs, "vanilla", 2), macs_of_step(denoiser, inputs, "fidelity", 1)
-    assert step / 1e12 == pytest.approx(full, abs=6e-6)
-    assert refinement / 1e12 == pytest.approx(fidelity, abs=6e-6)
-    for gate_step, expected in pictures.items():
-        assert macs_of_picture(step, refinement, gate_step, 25) / 1e12 == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_part_stands_still_while_another_runs_inside_it() -> None:

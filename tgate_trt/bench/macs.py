@@ -1,20 +1,262 @@
-"""The work of a step in multiply-accumulates: what bounds its time where arithmetic is all that counts.
+"""Multiply-accumulates (MACs) and parameters, counted on the nodes of the graphs that are run.
 
-Linear and convolution layers are counted, the two products of attention are not: the convention that reproduces the
-figures of the T-GATE paper (arXiv 2404.02747, table 1) within 0.05 %.
+The T-GATE paper (arXiv 2404.02747, table 1) counts convolutions and linear layers, and not the two products of attention:
+`Macs` keeps the two apart. Nothing here is taken from an architecture but its trace: a graph is counted as it was cut.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
+from tgate_trt import models
 from tgate_trt.eager import forward
+from tgate_trt.errors import BuildError
+from tgate_trt.export.cut import cut
+from tgate_trt.export.trace import trace
+from tgate_trt.schedule import planning_steps
 from tgate_trt.specs import ROWS, TensorSpec
-from tgate_trt.taps import TAPPED_MODULES, recipe
+from tgate_trt.taps import CROSS_ATTENTION, TAPPED_MODULES, recipe
+
+GATES = (5 / 25, 10 / 25)
+"""Where the gate stands in the paper's tables, as a fraction of the steps: 5 and 10 of 25, and LCM's 1 and 2 of 4."""
+
+PUBLISHED: Mapping[str, Mapping[int, float]] = {
+    "sd15": {25: 16.938, 5: 9.875, 10: 11.641},
+    "sd21": {25: 38.041, 5: 22.208, 10: 26.166},
+    "sdxl": {25: 149.438, 5: 84.438, 10: 100.688},
+    "pixart-alpha": {25: 107.031},
+    "lcm-sdxl": {4: 11.955, 1: 11.171, 2: 11.433},
+}
+"""The paper's tera-MACs of a picture by the number of planning steps, that of all steps for vanilla: shown beside our own counts."""
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates."""
+
+    linear: int = 0
+    """In convolutions and in products with a parameter: what the paper counts."""
+    sdpa: int = 0
+    """In products of two activations: scaled dot-product attention's."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.sdpa
+
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(self.linear + other.linear, self.sdpa + other.sdpa)
+
+    def __rmul__(self, times: int) -> Macs:
+        return Macs(times * self.linear, times * self.sdpa)
+
+
+_Work = TypeVar("_Work", int, Macs)
+
+
+def macs_of_picture(step: _Work, refinement: _Work, planning_steps: int, steps: int) -> _Work:
+    """Multiply-accumulates of a picture's denoising.
+
+    Args:
+        step: of a step before the gate.
+        refinement: of a step from the gate on.
+        planning_steps: steps before the gate.
+        steps: of the whole run.
+    """
+    return planning_steps * step + (steps - planning_steps) * refinement
+
+
+def macs_of_graph(path: Path, rows: int) -> Macs:
+    """Multiply-accumulates of one call of a graph in a file, whose weights are not read; see `macs_of`."""
+    return macs_of(ir.load(path), rows)
+
+
+def macs_of(model: ir.Model, rows: int) -> Macs:
+    """Multiply-accumulates of one call of a graph.
+
+    Counted are ``Conv``, ``Gemm``, ``MatMul`` and ``Attention``. A product is linear if an operand is a parameter or made of
+    parameters alone. A call of a local function has none of these in it (`tgate_trt.export.fuse`).
+
+    Args:
+        model: a graph; it stays as it is, and its parameters need no data.
+        rows: of the batch, two an image under guidance.
+
+    Raises:
+        BuildError: if the graph does not tell the shapes of what it multiplies.
+    """
+    model = _at(model, rows)
+    fixed = set(model.graph.initializers.values())
+    counted = Macs()
+    for node in model.graph:
+        operands = [value for value in node.inputs if value is not None]
+        if fixed.issuperset(operands):
+            fixed.update(node.outputs)
+        if not node.domain and node.op_type in _COUNTS:
+            macs = _COUNTS[node.op_type](node)
+            counted += Macs(sdpa=macs) if fixed.isdisjoint(operands[:2]) else Macs(linear=macs)
+    return counted
+
+
+def _at(model: ir.Model, rows: int) -> ir.Model:
+    """A copy with numbers for all sizes: what the trace tells, and ONNX's own inference for what passes left without a shape."""
+    model = model.clone()
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.shape is not None:
+            sizes = [rows if str(size) == ROWS else size for size in value.shape]
+            value.shape = ir.Shape(sizes) if all(isinstance(size, int) for size in sizes) else None
+    passes.ShapeInferencePass(data_prop=True)(model)
+    return model
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    if value is None or value.shape is None or not value.shape.is_static():
+        raise BuildError(f"the graph does not tell the shape of {value.name if value else 'an input'!r}, so its MACs cannot be counted")
+    return tuple(value.shape.numpy())
+
+
+def _numel(value: ir.Value | None) -> int:
+    return math.prod(_shape(value))
+
+
+def _conv(node: ir.Node) -> int:
+    """A weight of [out, in / groups, *kernel] at every element of the output."""
+    return _numel(node.outputs[0]) * math.prod(_shape(node.inputs[1])[1:])
+
+
+def _matmul(node: ir.Node) -> int:
+    return _numel(node.outputs[0]) * _shape(node.inputs[0])[-1]
+
+
+def _gemm(node: ir.Node) -> int:
+    return _numel(node.outputs[0]) * _shape(node.inputs[0])[0 if node.attributes.get_int("transA", 0) else 1]
+
+
+def _attention(node: ir.Node) -> int:
+    """Every query with every key, then every row of weights with every column of the values: 3-D and 4-D alike."""
+    query, key, *_ = node.inputs
+    return (_numel(query) + _numel(node.outputs[0])) * _shape(key)[-2]
+
+
+_COUNTS: Mapping[str, Callable[[ir.Node], int]] = {"Conv": _conv, "MatMul": _matmul, "Gemm": _gemm, "Attention": _attention}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of a denoiser's parameters."""
+
+    whole: int
+    """Those that the vanilla graph refers to."""
+    cross_attention: int
+    """Of them in cross-attention."""
+    fidelity_graph: int
+    """Those that the fidelity graph refers to: a UNet's norm before cross-attention is not needed there either."""
+
+    @property
+    def without_cross_attention(self) -> int:
+        """The paper's column."""
+        return self.whole - self.cross_attention
+
+
+@dataclass(frozen=True)
+class PictureCost:
+    """One row of the table of MACs."""
+
+    method: str
+    """``"vanilla"``, ``"cfg-drop"`` or ``"T-GATE"``, as `tgate_trt.bench.studio.METHODS` names them."""
+    planning_steps: int
+    """Steps before the gate; all of them without a gate."""
+    macs: Macs
+    published: float | None
+    """The paper's tera-MACs, to be compared with ``macs.linear``; None where it tells none."""
+
+    @property
+    def deviation(self) -> float | None:
+        """How far our count is from the paper's, as a fraction of the paper's."""
+        return None if self.published is None else self.macs.linear / (self.published * 1e12) - 1
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model takes at its native size, one picture at a time."""
+
+    model: str
+    height: int
+    width: int
+    text_tokens: int
+    steps: int
+    """The model's own number."""
+    guided: bool
+    """Whether steps before the gate have two rows: not where the guidance scale is an input of the denoiser, as in LCM."""
+    vanilla: Macs
+    """Of a step of the vanilla graph, with guidance where the model has it."""
+    planning: Macs
+    """Of a step of the planning graph, likewise."""
+    single: Macs
+    """Of a step of the vanilla graph at one row: cfg-drop's, from the gate on."""
+    fidelity: Macs
+    """Of a step of the fidelity graph, at one row."""
+    parameters: Parameters
+
+    def pictures(self) -> tuple[PictureCost, ...]:
+        """The table's rows: vanilla, and at each of `GATES` cfg-drop (where there is guidance to drop) and T-GATE."""
+        published = PUBLISHED.get(self.model, {})
+        rows = [PictureCost("vanilla", self.steps, self.steps * self.vanilla, published.get(self.steps))]
+        for steps in (planning_steps(gate, self.steps) for gate in GATES):
+            if self.guided:
+                rows.append(PictureCost("cfg-drop", steps, macs_of_picture(self.vanilla, self.single, steps, self.steps), None))
+            gated = macs_of_picture(self.planning, self.fidelity, steps, self.steps)
+            rows.append(PictureCost("T-GATE", steps, gated, published.get(steps)))
+        return tuple(rows)
+
+
+def cost_of(model: str) -> ModelCost:
+    """Trace a model's architecture, cut it, and count the graphs; no weights are read, drawn or held.
+
+    Args:
+        model: a name of `tgate_trt.models.ARCHITECTURES`, or a diffusers folder.
+
+    Raises:
+        InputError: if there is no such model.
+        UnsupportedError: if its denoiser is of a kind that this version does not build.
+        BuildError: if PyTorch cannot trace it.
+    """
+    source = models.resolve(model, random_weights=True)
+    traced = trace(source.denoiser_on_meta(), source.signature(source.height, source.width, "fp32"))
+    graphs = {name: cut(traced, recipe(name)) for name in ("vanilla", "planning", "fidelity")}
+    rows = 1 if source.denoiser_config().get("time_cond_proj_dim") else 2
+    return ModelCost(
+        model=source.name,
+        height=source.height,
+        width=source.width,
+        text_tokens=source.text_tokens,
+        steps=source.steps,
+        guided=rows == 2,
+        vanilla=macs_of(graphs["vanilla"], rows),
+        planning=macs_of(graphs["planning"], rows),
+        single=macs_of(graphs["vanilla"], 1),
+        fidelity=macs_of(graphs["fidelity"], 1),
+        parameters=_parameters(graphs, source.tensor_shapes()),
+    )
+
+
+def _parameters(graphs: Mapping[str, ir.Model], state: Mapping[str, tuple[int, ...]]) -> Parameters:
+    """Count what graphs refer to of a state dict: PixArt's computed positions are in the graph and no parameters."""
+    whole, fidelity = (
+        {name: value for name, value in graphs[graph].graph.initializers.items() if name in state} for graph in ("vanilla", "fidelity")
+    )
+    modules = {attribute for attribute, kind in TAPPED_MODULES.items() if kind == CROSS_ATTENTION}
+    attention = [value for name, value in whole.items() if modules & set(name.split("."))]
+    return Parameters(*(sum(map(_numel, values)) for values in (whole.values(), attention, fidelity.values())))
+
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -47,18 +289,6 @@ def macs_of_step(denoiser: nn.Module, inputs: Sequence[TensorSpec], graph: str, 
         for hook in hooks:
             hook.remove()
     return total
-
-
-def macs_of_picture(step: int, refinement: int, planning_steps: int, steps: int) -> int:
-    """Multiply-accumulates of a picture's denoising.
-
-    Args:
-        step: of a step before the gate.
-        refinement: of a step from the gate on.
-        planning_steps: steps before the gate.
-        steps: of the whole run.
-    """
-    return planning_steps * step + (steps - planning_steps) * refinement
 
 
 def _macs_of_element(module: nn.Module) -> int:
