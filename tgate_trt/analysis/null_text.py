@@ -1,0 +1,102 @@
+"""The null-text swap: text for some of the steps and the null prompt for the others (arXiv 2404.02747, section 3, figure 3).
+
+``S^F`` has the text in the first m steps and the null prompt after them; ``S^L`` the null prompt first and the text after. The null
+prompt is what stands in the negative half, so that guidance ``n + s·(p − n)`` gives ``n`` where the text is taken away;
+without guidance it is the empty prompt. Cross-attention is computed at every step: this is about text, not about a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tgate_trt.analysis.calls import Call, watching
+from tgate_trt.analysis.outcomes import Outcome, Series
+from tgate_trt.analysis.subject import Subject
+from tgate_trt.schedule import NONE
+
+TEXT_FIRST, TEXT_LAST = "text first", "text last"
+"""S^F and S^L."""
+
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask", "text_embeds")
+"""What a prompt becomes, among a denoiser's keywords and within its ``added_cond_kwargs``; sizes and crops are no text."""
+
+
+def measure(subject: Subject, progress: Callable[[], None]) -> dict[str, Series]:
+    """Draw with the text in the first or last steps alone, for every m from 0 to T.
+
+    The two orders meet: ``S^F`` with m = T and ``S^L`` with m = 0 are vanilla, the other ends are the null prompt.
+
+    Args:
+        subject: with its engines.
+        progress: called for every m of the two orders.
+
+    Returns:
+        By order, `TEXT_FIRST` and `TEXT_LAST`.
+    """
+    null = null_prompt(subject)
+    known: dict[tuple[bool, ...], Outcome] = {}
+
+    def outcome(order: str, m: int) -> Outcome:
+        plan = text_steps(order, m, subject.steps)
+        if plan not in known:
+            known[plan] = subject.compare(draw(subject, plan, null))
+        progress()
+        return known[plan]
+
+    at = tuple(range(subject.steps + 1))
+    return {order: Series(at, tuple(outcome(order, m) for m in at)) for order in (TEXT_FIRST, TEXT_LAST)}
+
+
+def text_steps(order: str, m: int, steps: int) -> tuple[bool, ...]:
+    """Whether each step has the text, for an order and its m."""
+    return tuple((step < m) == (order == TEXT_FIRST) for step in range(steps))
+
+
+def draw(subject: Subject, plan: Sequence[bool], null: Mapping[str, Tensor]) -> Tensor:
+    """Draw every picture, ``[pictures, 3, height, width]``, uint8.
+
+    Args:
+        subject: with its engines.
+        plan: whether each step has the text.
+        null: the null prompt, see `null_prompt`.
+    """
+    if all(plan):
+        return subject.vanilla
+
+    def swap(call: Call, keywords: dict[str, Any]) -> dict[str, Any] | None:
+        return None if plan[call.step] else _with_text(keywords, null)
+
+    with watching(subject.pipeline, subject.denoiser, swap):
+        return subject.draw(NONE)
+
+
+def null_prompt(subject: Subject) -> dict[str, Tensor]:
+    """The null prompt as the denoiser is given it, one row of each tensor, from a short run of the empty prompt.
+
+    The first row of such a run is the negative half's under guidance, and the empty prompt's without.
+    """
+    found: dict[str, Tensor] = {}
+
+    def look(_call: Call, keywords: dict[str, Any]) -> None:
+        found.update({name: tensor[:1].clone() for name, tensor in _text_of(keywords).items()})
+
+    with watching(subject.pipeline, subject.denoiser, look):
+        subject.warm_up("")
+    return found
+
+
+def _text_of(keywords: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a call that a prompt became."""
+    given = {**keywords, **(keywords.get("added_cond_kwargs") or {})}
+    return {name: given[name] for name in _TEXT if given.get(name) is not None}
+
+
+def _with_text(keywords: Mapping[str, Any], text: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keywords of a call with another text in every row."""
+    rows = {name: text[name].expand_as(tensor) for name, tensor in _text_of(keywords).items()}
+    replaced = {name: rows.get(name, value) for name, value in keywords.items()}
+    added = keywords.get("added_cond_kwargs")
+    return replaced | ({"added_cond_kwargs": {name: rows.get(name, value) for name, value in added.items()}} if added else {})

@@ -1,0 +1,257 @@
+"""The whole analysis of a model, from its name to a figure and a file of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tgate_trt.analysis import convergence, figure, gate_sweep, null_text
+from tgate_trt.analysis.convergence import Convergence
+from tgate_trt.analysis.outcomes import DISTANCE, Series
+from tgate_trt.analysis.subject import Sampling, Subject
+from tgate_trt.analysis.suggestion import Suggestion, suggest
+from tgate_trt.bench.record import describe, environment
+from tgate_trt.builder import build
+from tgate_trt.bundle import MANIFEST, Bundle, replace_file
+from tgate_trt.errors import InputError
+from tgate_trt.schedule import DEFAULT_GATE_STEP, planning_steps
+from tgate_trt.taps import CROSS_ATTENTION
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("convergence", "null-text", "gate")
+SCHEMA = 1
+"""Version of the results' form."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found out about one model; None is what was not asked for."""
+
+    subject: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    steps: int
+    own_gate_step: int
+    """Where the bundle's gate stands by default."""
+    curves: Mapping[str, Mapping[str, Convergence]] | None
+    """By kind of attention and group of layers."""
+    null_text: Mapping[str, Series] | None
+    """By order."""
+    gates: Series | None
+    suggestion: Suggestion
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        name: str = self.subject["model"]
+        return name
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for a file of results."""
+        return {
+            "schema": SCHEMA,
+            "what": "analysis",
+            **self.environment,
+            "subject": dict(self.subject),
+            "settings": dict(self.settings),
+            "definitions": {
+                "convergence": "D_t = ‖C_t − C_{t+1}‖₂ for t = 1 … T − 1; absolute, and relative to ‖C_t‖₂",
+                "text first": "text in the first m steps, the null prompt after; m in 'at'",
+                "text last": "the null prompt in the first m steps, text after; m in 'at'",
+                "gate": "planning steps g in 'at'",
+                "distance": DISTANCE,
+                "accuracy": "share of pictures that show every attribute of their caption, with Wilson's 95 % interval",
+                "low, high": "95 % interval of the mean over pictures",
+            },
+            "suggestion": self.suggestion.to_json(),
+            "convergence": self.curves and {kind: {n: c.to_json() for n, c in groups.items()} for kind, groups in self.curves.items()},
+            "null_text": self.null_text and {order: series.to_json() for order, series in self.null_text.items()},
+            "gate": self.gates and self.gates.to_json(),
+        }
+
+
+def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts that were asked for.
+
+    Raises:
+        InputError: if there is none, or one that is unknown.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise InputError(f"--only takes one or more of {', '.join(PARTS)}, got {unknown[0] if unknown else 'none'!r}")
+    return parts
+
+
+def analyze(
+    model: str | os.PathLike[str],
+    sampling: Sampling | None = None,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    backend: str | None = None,
+    random_weights: bool = False,
+) -> Study:
+    """Analyse a model over the steps of its pictures.
+
+    Args:
+        model: folder of a bundle; or any model that `tgate_trt.build` takes, of which a bundle is built at its default place.
+        sampling: how pictures are drawn.
+        parts: of `PARTS`.
+        backend: of the engines that draw; see `tgate_trt.load`. Convergence is read from eager PyTorch.
+        random_weights: whether to fill a named architecture with seeded random weights.
+
+    Raises:
+        InputError: if the model or a setting cannot be used.
+        BundleError: if the bundle cannot be used.
+    """
+    check_parts(parts)
+    before = environment()
+    subject = Subject(open_bundle(model, backend, random_weights=random_weights), sampling or Sampling(), backend)
+    manifest = subject.bundle.manifest
+    gates = _sweep(subject) if "gate" in parts else None
+    swapped = _swap(subject) if "null-text" in parts else None
+    curves = _converge(subject) if "convergence" in parts else None  # last: it frees the engines
+    relative = curves[CROSS_ATTENTION]["all layers"].relative.mean if curves and CROSS_ATTENTION in curves else None
+    return Study(
+        subject=describe(subject.bundle),
+        settings=_settings(subject, parts),
+        environment=before,
+        steps=subject.steps,
+        own_gate_step=planning_steps(manifest.gate_step or DEFAULT_GATE_STEP, subject.steps),
+        curves=curves,
+        null_text=swapped,
+        gates=gates,
+        suggestion=suggest(relative, gates),
+    )
+
+
+def analyze_and_save(
+    model: str | os.PathLike[str],
+    sampling: Sampling | None = None,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    backend: str | None = None,
+    random_weights: bool = False,
+    output: Path | None = None,
+    json_file: Path | None = None,
+    plot: Path | None = None,
+) -> tuple[Study, list[Path]]:
+    """Analyse a model, and write the results and the figure, each whole or not at all.
+
+    Args:
+        model: see `analyze`.
+        sampling: see `analyze`.
+        parts: see `analyze`.
+        backend: see `analyze`.
+        random_weights: see `analyze`.
+        output: folder of ``analysis-<model>.json`` and ``analysis-<model>.png``.
+        json_file: of the results, if not there.
+        plot: the figure's file, if not there.
+
+    Returns:
+        What was found, and the files.
+
+    Raises:
+        InputError: if the model or a setting cannot be used, or nothing can be written there; that shows before the work begins.
+        UnsupportedError: if a figure is asked for and matplotlib is not installed.
+        BundleError: if the bundle cannot be used.
+    """
+    check_parts(parts)
+    if output is not None or plot is not None:
+        figure.check_available(plot)
+    for folder in [path for path in (output, *(file.parent for file in (json_file, plot) if file is not None)) if path is not None]:
+        _make(folder)
+    study = analyze(model, sampling, parts=parts, backend=backend, random_weights=random_weights)
+    if output is not None:
+        json_file = json_file or output / f"analysis-{study.name}.json"
+        plot = plot or output / f"analysis-{study.name}.png"
+    try:
+        if json_file is not None:
+            replace_file(json_file, json.dumps(study.to_json(), indent=1, ensure_ascii=False) + "\n")
+        if plot is not None:
+            figure.save(study, plot)
+    except OSError as error:
+        raise InputError(f"cannot write to {error.filename}: {error.strerror or error}; choose another place") from error
+    return study, [path for path in (json_file, plot) if path is not None]
+
+
+def _make(folder: Path) -> None:
+    """See that files can be written to a folder.
+
+    Raises:
+        InputError: if not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another place") from error
+
+
+def open_bundle(model: str | os.PathLike[str], backend: str | None, *, random_weights: bool) -> Bundle:
+    """The bundle in a folder, or one that is built.
+
+    Raises:
+        InputError: if there is no such model.
+        BundleError: if the bundle cannot be used.
+    """
+    if (Path(model) / MANIFEST).is_file():
+        return Bundle.open(model)
+    return build(model, backend=backend, random_weights=random_weights)
+
+
+def _sweep(subject: Subject) -> Series:
+    return gate_sweep.measure(subject, _progress("pictures by gate step", subject.steps))
+
+
+def _swap(subject: Subject) -> dict[str, Series]:
+    return null_text.measure(subject, _progress("pictures with the null text", 2 * (subject.steps + 1)))
+
+
+def _converge(subject: Subject) -> dict[str, dict[str, Convergence]]:
+    denoiser = subject.use_eager()
+    sample = next(tensor for tensor in subject.bundle.graph("planning").inputs if tensor.name == "sample")
+    height, width = (int(side) for side in sample.shape[2:])
+    with convergence.recording(subject.pipeline, denoiser) as recorded:
+        subject.run(_progress("convergence of attention", len(subject.prompts)))
+    return convergence.curves(recorded.layers(), height, width)
+
+
+def _progress(what: str, total: int) -> Callable[[], None]:
+    """Tells the log of each of so many things that it is done."""
+    done = 0
+    logger.info("%s …", what)
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        logger.info("%s", what, extra={"progress": done / total})
+        if done == total:
+            logger.info("%s: done", what)
+
+    return tell
+
+
+def _settings(subject: Subject, parts: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(subject.sampling),
+        "parts": list(parts),
+        "steps": subject.steps,
+        "guidance_scale": subject.guidance_scale,
+        "scheduler": type(subject.pipeline.scheduler).__name__,
+        "pictures": len(subject.prompts),
+        "prompts": list(dict.fromkeys(subject.prompts)),
+        "backend": subject.backend,
+        "pictures_in_a_call": subject.batch_size,
+        "pytorch_threads": torch.get_num_threads(),
+    }

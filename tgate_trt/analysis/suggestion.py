@@ -1,0 +1,146 @@
+"""Two rules that suggest a gate step, and which of them counts.
+
+1. *By convergence*: the smallest g at which the relative D_t of cross-attention, averaged over three steps, has fallen to
+   half of its highest value so far. D_g is the first change that a gate at g leaves out. It is a rule of thumb: it sees
+   no pictures.
+2. *By accuracy*, where a scorer can read the pictures: the smallest g from which on no gate step draws significantly fewer
+   right pictures than vanilla, by the exact one-sided sign test at 5 % on pictures that only one of the two has right
+   (McNemar, 1947). Few pictures show no difference, so there must be 20; 100 show one of five pictures.
+
+Where the second has an answer it is the suggestion, since it is about pictures; else the first is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tgate_trt.analysis.outcomes import Outcome, Series
+
+FRACTION = 0.5
+SMOOTHING = 3
+"""Steps, an odd number."""
+SIGNIFICANCE = 0.05
+LEAST_PICTURES = 20
+
+CONVERGENCE_RULE = f"relative D_t of cross-attention, mean of {SMOOTHING} steps, has fallen to {FRACTION:g} of its highest value so far"
+ACCURACY_RULE = f"from here on accuracy is not significantly below vanilla's (sign test, one-sided, {SIGNIFICANCE:.0%})"
+"""The rules in short, as the figure and the file of results state them; each says where the smallest g is."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the pictures of one gate step differ from vanilla ones in being right."""
+
+    lost: int
+    """Right in vanilla alone."""
+    won: int
+    """Right with the gate alone."""
+
+    @property
+    def p(self) -> float:
+        """Chance of so few won, or fewer, if the gate made no difference."""
+        pairs = self.lost + self.won
+        return sum(math.comb(pairs, count) for count in range(self.won + 1)) / 2**pairs
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the gate costs accuracy."""
+        return self.p < SIGNIFICANCE
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What both rules say; None where what a rule needs was not measured."""
+
+    by_convergence: int | None = None
+    by_accuracy: int | None = None
+    differences: tuple[Difference, ...] = field(default=(), repr=False)
+    """Of every gate step from 1 on."""
+
+    @property
+    def gate_step(self) -> int | None:
+        """The suggested one."""
+        return self.by_convergence if self.by_accuracy is None else self.by_accuracy
+
+    @property
+    def rule(self) -> str | None:
+        """The rule that the suggestion follows."""
+        if self.gate_step is None:
+            return None
+        return "by_convergence" if self.by_accuracy is None else "by_accuracy"
+
+    def to_json(self) -> dict[str, Any]:
+        """Both answers with their rules, and the test's counts."""
+        return {
+            "gate_step": self.gate_step,
+            "rule": self.rule,
+            "by_convergence": {"gate_step": self.by_convergence, "smallest_g_where": CONVERGENCE_RULE},
+            "by_accuracy": {
+                "gate_step": self.by_accuracy,
+                "smallest_g_where": ACCURACY_RULE,
+                "lost": [each.lost for each in self.differences],
+                "won": [each.won for each in self.differences],
+                "p": [each.p for each in self.differences],
+            },
+        }
+
+
+def suggest(relative: Sequence[float] | None, gates: Series | None) -> Suggestion:
+    """Apply both rules to what was measured.
+
+    Args:
+        relative: ``D_t / ‖C_t‖`` of cross-attention from step 1 on.
+        gates: pictures for every gate step from 1 to T, the last of which is vanilla.
+    """
+    differences = () if gates is None else differences_of(gates.outcomes)
+    return Suggestion(
+        None if not relative else by_convergence(relative),
+        by_accuracy(differences) if gates is not None and differences and len(gates.outcomes[-1].distance) >= LEAST_PICTURES else None,
+        differences,
+    )
+
+
+def by_convergence(relative: Sequence[float]) -> int:
+    """The first rule; T where the curve never falls so far.
+
+    Args:
+        relative: ``D_t / ‖C_t‖``, T - 1 values.
+    """
+    highest = 0.0
+    for gate_step, value in enumerate(smoothed(relative), start=1):
+        highest = max(highest, value)
+        if value <= FRACTION * highest:
+            return gate_step
+    return len(relative) + 1
+
+
+def by_accuracy(differences: Sequence[Difference]) -> int:
+    """The second rule.
+
+    Args:
+        differences: of every gate step from 1 to T; the last is none.
+    """
+    costly = [gate_step for gate_step, each in enumerate(differences, start=1) if each.is_significant]
+    return max(costly, default=0) + 1
+
+
+def differences_of(outcomes: Sequence[Outcome]) -> tuple[Difference, ...]:
+    """The differences to the last outcome, which is vanilla; empty where no scorer can tell."""
+    vanilla = outcomes[-1].correct
+    if vanilla is None:
+        return ()
+    differences = []
+    for outcome in outcomes:
+        pairs = list(zip(vanilla, outcome.correct or (), strict=True))
+        differences.append(Difference(pairs.count((True, False)), pairs.count((False, True))))
+    return tuple(differences)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours; at the ends, of those that are there."""
+    reach = SMOOTHING // 2
+    windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
