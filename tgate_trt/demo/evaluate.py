@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -69,39 +72,63 @@ class Score:
         return {"overall": self.overall.to_json(), "attributes": {name: share.to_json() for name, share in self.attributes.items()}}
 
 
-def evaluate(
+def pictures_of(
     pipeline: Any,
-    captioned: Sequence[Captioned],
+    prompts: Sequence[str],
     *,
     num_inference_steps: int = NUM_INFERENCE_STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
     seed: int = 0,
     batch_size: int = 16,
-) -> Score:
-    """Generates a picture for each caption and reads it back.
+    **settings: Any,
+) -> list[Image.Image]:
+    """Generates a picture for each prompt.
 
     Args:
         pipeline: any diffusers pipeline from prompts to pictures, called as it stands, scheduler and denoiser included.
-        captioned: what to generate and to expect; `tgate_trt.demo.dataset.examples` draws some.
+        prompts: what to generate.
         num_inference_steps: of the scheduler.
         guidance_scale: of classifier-free guidance.
         seed: picture i starts from the noise of `seed + i`, whatever the batch size.
-        batch_size: captions in one call.
+        batch_size: prompts in one call.
+        settings: more keywords of the pipeline's call, such as `height`.
     """
-    agreements = []
-    for start in range(0, len(captioned), batch_size):
-        batch = captioned[start : start + batch_size]
-        images = pipeline(
-            [example.caption for example in batch],
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        pictures += pipeline(
+            list(batch),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))],
+            **settings,
         ).images
-        agreements += [read(image).agreement(example.combination) for image, example in zip(images, batch, strict=True)]
+    return pictures
+
+
+def score(pictures: Sequence[Image.Image | npt.NDArray[np.uint8]], captioned: Sequence[Captioned]) -> Score:
+    """Reads pictures back and compares each with its caption.
+
+    Args:
+        pictures: as `tgate_trt.demo.scorer.read` takes them.
+        captioned: what each must show.
+    """
+    agreements = [read(picture).agreement(example.combination) for picture, example in zip(pictures, captioned, strict=True)]
     return Score(
         overall=Proportion(sum(all(agreement.values()) for agreement in agreements), len(agreements)),
         attributes={name: Proportion(sum(agreement[name] for agreement in agreements), len(agreements)) for name in ATTRIBUTES},
     )
+
+
+def evaluate(pipeline: Any, captioned: Sequence[Captioned], **settings: Any) -> Score:
+    """Generates a picture for each caption and reads it back.
+
+    Args:
+        pipeline: see `pictures_of`.
+        captioned: what to generate and to expect; `tgate_trt.demo.dataset.examples` draws some.
+        settings: the keywords of `pictures_of`.
+    """
+    return score(pictures_of(pipeline, [example.caption for example in captioned], **settings), captioned)
 
 
 def load_pipeline(folder: Path) -> Any:
