@@ -6,14 +6,13 @@ import json
 import logging
 import math
 import re
-import resource
 import shutil
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +111,16 @@ class Engines:
         return options
 
 
-def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep: bool = False) -> dict[str, Any]:
+def measure(
+    model: str,
+    precision: str,
+    folder: Path,
+    engines: Engines,
+    *,
+    size: int | None = None,
+    graphs: Sequence[str] = ("planning", "fidelity"),
+    keep: bool = False,
+) -> dict[str, Any]:
     """Build an architecture with random weights in a process of its own, and watch it.
 
     Args:
@@ -120,6 +128,8 @@ def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep:
         precision: of `tgate_trt.specs.PRECISIONS`.
         folder: of the bundle; must not exist.
         engines: to build.
+        size: side of the pictures in pixels; the model's own if None.
+        graphs: to cut.
         keep: whether the bundle stays.
 
     Returns:
@@ -134,7 +144,10 @@ def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep:
     if folder.exists():
         raise InputError(f"{folder} is there already; a measured build must be a new one, so move it away or choose another --bundle")
     source = models.resolve(model, random_weights=True)
-    arguments = build_arguments(model, precision, folder, engines)
+    arguments = ["--model", model, "--random-weights", "--precision", precision, *engines.arguments(), "--no-verify"]
+    arguments += ["--graphs", ",".join(graphs), "--output", str(folder)]
+    if size is not None:
+        arguments += ["--height", str(size), "--width", str(size)]
     command = (sys.executable, "-P", "-c", "from tgate_trt.cli.build import main; main()", *arguments)
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -152,7 +165,6 @@ def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep:
             "peak_anonymous": child.memory.anonymous,
             "peak_anonymous_of_stages": child.peaks,
             "peak_total": child.memory.total,
-            "peak_total_of_one_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
             "looks": child.memory.looks,
         },
         "disk": disk_of(folder, element * sum(map(math.prod, source.tensor_shapes().values()))),
@@ -160,11 +172,6 @@ def measure(model: str, precision: str, folder: Path, engines: Engines, *, keep:
     if not keep:
         shutil.rmtree(folder)
     return results
-
-
-def build_arguments(model: str, precision: str, folder: Path, engines: Engines) -> list[str]:
-    """Arguments of the ``tgate-build`` that is measured."""
-    return ["--model", model, "--random-weights", "--precision", precision, *engines.arguments(), "--no-verify", "--output", str(folder)]
 
 
 def stages_of(lines: list[str]) -> dict[str, float]:

@@ -107,12 +107,15 @@ def macs_of(model: ir.Model, rows: int) -> Macs:
 
 
 def _at(model: ir.Model, rows: int) -> ir.Model:
-    """A copy with numbers for all sizes: what the trace tells, and ONNX's own inference for what passes left without a shape."""
+    """A copy with numbers for all sizes: what the trace tells, and ONNX's own inference for what passes left without a shape.
+
+    Rows are all that varies in a trace. Most sizes call them by our name, some are expressions in the exporter's.
+    """
     model = model.clone()
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
-        if value.shape is not None:
-            sizes = [rows if str(size) == ROWS else size for size in value.shape]
-            value.shape = ir.Shape(sizes) if all(isinstance(size, int) for size in sizes) else None
+        if value.shape is not None and not value.shape.is_static():
+            symbols = {name for size in value.shape if isinstance(size, ir.SymbolicDim) for name in size.free_symbols()}
+            value.shape = value.shape.evaluate(dict.fromkeys(symbols, rows))
     passes.ShapeInferencePass(data_prop=True)(model)
     return model
 
@@ -232,7 +235,7 @@ def cost_of(model: str) -> ModelCost:
     source = models.resolve(model, random_weights=True)
     traced = trace(source.denoiser_on_meta(), source.signature(source.height, source.width, "fp32"))
     graphs = {name: cut(traced, recipe(name)) for name in ("vanilla", "planning", "fidelity")}
-    rows = 1 if source.denoiser_config().get("time_cond_proj_dim") else 2
+    rows = rows_of_step(source)
     return ModelCost(
         model=source.name,
         height=source.height,
@@ -246,6 +249,11 @@ def cost_of(model: str) -> ModelCost:
         fidelity=macs_of(graphs["fidelity"], 1),
         parameters=_parameters(graphs, source.tensor_shapes()),
     )
+
+
+def rows_of_step(source: models.ModelSource) -> int:
+    """Rows of an image before the gate: two under guidance, one where the guidance scale is an input of the denoiser, as in LCM."""
+    return 1 if source.denoiser_config().get("time_cond_proj_dim") else 2
 
 
 def _parameters(graphs: Mapping[str, ir.Model], state: Mapping[str, tuple[int, ...]]) -> Parameters:
