@@ -93,7 +93,7 @@ def measure(
         BuildError: if a model cannot be built or stepped.
     """
     sources = [models.resolve(name, random_weights=True) for name in names]
-    record = read(output) if output.exists() else {"schema": SCHEMA, "models": {}}
+    record: dict[str, Any] = read(output) if output.exists() else {"schema": SCHEMA, "models": {}}
     for source in sources:
         side = size or min(source.height, source.width, _LARGEST_SIZE)
         before, now = record["models"].get(source.name), environment() | {"size": side, "threads": threads}
