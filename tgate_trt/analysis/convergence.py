@@ -2,7 +2,8 @@
 
 ``D_t = ‖C_t − C_{t+1}‖₂`` with ``C = softmax(Q·Kᵀ/√d)·V``, the heads side by side, which is what enters an attention
 module's output projection. The norm is taken over the tokens and channels of one row; then the mean over both guidance
-halves, over depth and over pictures. ``D_t / ‖C_t‖₂`` lies beside it, because layers differ in width and scale.
+halves, over depth and over pictures. ``D_t / ‖C_t‖₂`` lies beside it, because layers differ in width and scale; it is 0
+where C stays 0, as in the negative half of SDXL, whose null prompt is zeros.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from tgate_trt.errors import UnsupportedError
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION, kind_of
 
 KINDS = (CROSS_ATTENTION, SELF_ATTENTION)
+
+ALL_LAYERS = "all layers"
+"""The group that every layer is of."""
+
+_SIDES = ("down", "mid", "up")
+"""Of a UNet, in the order in which its layers run."""
 
 _THIRDS = ("first third", "middle third", "last third")
 """Of the depth of a transformer, whose layers have no levels."""
@@ -90,7 +97,8 @@ class Recording:
         if before is not None:
             # In fp32: the squares of half-precision values overflow their own type.
             change = torch.linalg.vector_norm(before.float() - output.float(), dim=(1, 2))
-            rows = torch.stack([change, change / torch.linalg.vector_norm(before.float(), dim=(1, 2))])
+            size = torch.linalg.vector_norm(before.float(), dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+            rows = torch.stack([change, change / size])
             self._changes[tap][-1].append(rows.unflatten(1, (2, -1)).mean(1) if call.guided else rows)
         self._before[tap], self._tokens[tap] = output, output.shape[1]
 
@@ -126,12 +134,13 @@ def curves(layers: Sequence[Layer], height: int, width: int) -> dict[str, dict[s
         width: of the latents.
 
     Returns:
-        By kind of attention and by group: ``"all layers"`` first, then the groups in the order of the denoiser.
+        By kind of attention and by group: `ALL_LAYERS` first, then the groups in the order in which they run.
     """
     found = {}
     for kind in KINDS:
         of_kind = [layer for layer in layers if kind_of(layer.tap) == kind]
-        groups: dict[str, list[Layer]] = {"all layers": of_kind}
+        of_kind.sort(key=lambda layer: _SIDES.index(side) if (side := _side(layer)) else 0)  # a UNet lists its middle last
+        groups: dict[str, list[Layer]] = {ALL_LAYERS: of_kind}
         for index, layer in enumerate(of_kind):
             groups.setdefault(group_of(layer, index / len(of_kind), height, width), []).append(layer)
         if of_kind:
@@ -148,11 +157,17 @@ def group_of(layer: Layer, depth: float, height: int, width: int) -> str:
         height: of the latents.
         width: of the latents.
     """
-    side, _, rest = layer.tap.split(".")[1].partition("_")
-    if side not in ("down", "mid", "up") or not rest.startswith("block"):
+    side = _side(layer)
+    if side is None:
         return _THIRDS[int(3 * depth)]
     shrink = (height * width / layer.tokens) ** 0.5
     return f"{side} {round(height / shrink)}×{round(width / shrink)}"
+
+
+def _side(layer: Layer) -> str | None:
+    """The side of a UNet on which a layer is; None in a model without sides."""
+    side, _, rest = layer.tap.split(".")[1].partition("_")
+    return side if side in _SIDES and rest.startswith("block") else None
 
 
 def _curve(layers: Sequence[Layer]) -> Convergence:

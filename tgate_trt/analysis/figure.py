@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgate_trt.analysis.convergence import Convergence
+from tgate_trt.analysis.convergence import ALL_LAYERS, Convergence
 from tgate_trt.analysis.intervals import Band
 from tgate_trt.analysis.null_text import TEXT_FIRST, TEXT_LAST
 from tgate_trt.analysis.outcomes import Series
@@ -24,10 +24,9 @@ Panel = Callable[[Any, "Study"], None]
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "0.45"
 _KINDS = {CROSS_ATTENTION: ("cross-attention", _BLUE), SELF_ATTENTION: ("self-attention", _ORANGE)}
-_ORDERS = {
-    TEXT_FIRST: (r"$S^F$: text in the first $m$ steps, null prompt after", _BLUE),
-    TEXT_LAST: (r"$S^L$: null prompt in the first $m$ steps, text after", _VERMILION),
-}
+_ORDERS = {TEXT_FIRST: ("$S^F$: text, then null prompt", _BLUE), TEXT_LAST: ("$S^L$: null prompt, then text", _VERMILION)}
+_SIDES = {"down": "-", "mid": "-.", "up": "--"}
+"""Line of a UNet's layers, by their side of it."""
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -39,6 +38,11 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+_COLUMNS = 12
+"""Of the grid: each row shares them out among its plots, of which there are 1 to 4."""
+_GATE = "gate"
+"""Marks the lines that stand for a gate."""
+
 _DISTANCE = "perceptual distance to vanilla"
 _RIGHT = "pictures with every attribute right"
 
@@ -62,7 +66,7 @@ def check_available(path: Path | None = None) -> None:
 
 
 def save(study: Study, path: Path) -> None:
-    """Draw what a study found and write it, whole or not at all.
+    """Draw what a study found and write it, whole or not at all: attention in the first row, pictures in the second.
 
     Raises:
         UnsupportedError: if matplotlib is not installed.
@@ -73,60 +77,78 @@ def save(study: Study, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = _panels(study)
-    columns = min(3, len(panels)) if len(panels) != 4 else 2
-    rows = -(-len(panels) // columns)
+    rows = [row for row in (_attention(study), _pictures(study)) if row]
+    width = max(4.2 * max(map(len, rows)), 8.4)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.9 * columns, 3.5 * rows + 0.9), layout="constrained")
-        figure.suptitle(_title(study), x=0.01, ha="left", fontsize=11)
-        for index, (title, panel) in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            axes.set_title(title)
-            panel(axes, study)
-        figure.supxlabel(_foot(study), x=0.01, ha="left", fontsize=8, color=_GRAY)
+        figure = Figure(figsize=(width, 3.4 * len(rows) + 1.3), layout="constrained")
+        figure.suptitle(_title(study), x=0.008, ha="left", fontsize=11)
+        grid = figure.add_gridspec(len(rows), _COLUMNS)
+        for number, row in enumerate(rows):
+            span = _COLUMNS // len(row)
+            for place, (title, panel) in enumerate(row):
+                axes = figure.add_subplot(grid[number, place * span : (place + 1) * span])
+                axes.set_title(title)
+                panel(axes, study)
+        gates = [line for line in figure.axes[0].get_lines() if line.get_gid() == _GATE]
+        figure.legend(gates, [line.get_label() for line in gates], loc="outside lower left", fontsize=9, handlelength=3)
         with replacing(path) as partial:
             figure.savefig(partial, dpi=130, format=path.suffix.removeprefix(".").lower())
 
 
-def _panels(study: Study) -> list[tuple[str, Panel]]:
-    """Title and content of each plot, of what was measured."""
+def _attention(study: Study) -> list[tuple[str, Panel]]:
+    """Title and content of each plot of attention, if it was measured."""
+    if not study.curves:
+        return []
+    return [
+        ("Change of attention from step to step", _absolute),
+        ("Relative to attention itself", _relative),
+        ("Cross-attention by layers", _groups),
+    ]
+
+
+def _pictures(study: Study) -> list[tuple[str, Panel]]:
+    """Title and content of each plot of pictures, of what was measured."""
     panels: list[tuple[str, Panel]] = []
-    if study.curves:
-        panels.append(("Change of attention from step to step", _absolute))
-        panels.append(("The same, relative to attention itself", _relative))
-        panels.append(("Cross-attention by layers", _groups))
     if study.null_text:
         if study.null_text[TEXT_FIRST].accuracy:
             panels.append(("Null-text swap: meaning", _null_text_accuracy))
-        panels.append(("Null-text swap: difference to vanilla", _null_text_distance))
+        panels.append(("Null-text swap: distance to vanilla", _null_text_distance))
     if study.gates:
         if study.gates.accuracy:
-            panels.append(("T-GATE: meaning against the gate", _gate_accuracy))
-        panels.append(("T-GATE: difference to vanilla against the gate", _gate_distance))
+            panels.append(("T-GATE: meaning", _gate_accuracy))
+        panels.append(("T-GATE: distance to vanilla", _gate_distance))
     return panels
 
 
 def _absolute(axes: Any, study: Study) -> None:
     for kind, groups in (study.curves or {}).items():
-        _curve(axes, range(1, study.steps), groups["all layers"].absolute, *_KINDS[kind])
+        _curve(axes, range(1, study.steps), groups[ALL_LAYERS].absolute, *_KINDS[kind])
     _finish(axes, study, "step $t$", r"$D_t=\Vert C_t-C_{t+1}\Vert_2$")
 
 
 def _relative(axes: Any, study: Study) -> None:
     for kind, groups in (study.curves or {}).items():
-        _curve(axes, range(1, study.steps), groups["all layers"].relative, *_KINDS[kind])
+        _curve(axes, range(1, study.steps), groups[ALL_LAYERS].relative, *_KINDS[kind])
     _finish(axes, study, "step $t$", r"$D_t\,/\,\Vert C_t\Vert_2$")
 
 
 def _groups(axes: Any, study: Study) -> None:
+    groups: Mapping[str, Convergence] = (study.curves or {}).get(CROSS_ATTENTION, {})
+    names = [name for name in groups if name != ALL_LAYERS]
+    for name, (colour, line) in _looks(names).items():
+        axes.plot(range(1, study.steps), groups[name].relative.mean, color=colour, linestyle=line, label=name, linewidth=1.4)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
+    _finish(axes, study, "step $t$", r"$D_t\,/\,\Vert C_t\Vert_2$", loc="upper left", ncols=3)
+
+
+def _looks(names: Sequence[str]) -> dict[str, tuple[Any, str]]:
+    """Colour and line of each group: a UNet's by resolution and side, others by their order."""
     from matplotlib import colormaps
 
-    groups: Mapping[str, Convergence] = (study.curves or {}).get(CROSS_ATTENTION, {})
-    names = [name for name in groups if name != "all layers"]
-    for index, name in enumerate(names):
-        colour = colormaps["viridis"](0.92 * index / max(1, len(names) - 1))
-        _curve(axes, range(1, study.steps), groups[name].relative, name, colour, shaded=False)
-    _finish(axes, study, "step $t$", r"$D_t\,/\,\Vert C_t\Vert_2$", columns=2)
+    split = {name: name.partition(" ")[::2] if name.partition(" ")[0] in _SIDES else ("", name) for name in names}
+    hues = list(dict.fromkeys(hue for _, hue in split.values()))
+    colours = {hue: colormaps["viridis"](0.88 * index / max(1, len(hues) - 1)) for index, hue in enumerate(hues)}
+    return {name: (colours[hue], _SIDES.get(side, "-")) for name, (side, hue) in split.items()}
 
 
 def _null_text_accuracy(axes: Any, study: Study) -> None:
@@ -161,50 +183,52 @@ def _accuracy(axes: Any, series: Series, label: str, colour: Any) -> None:
     shares = series.accuracy or ()
     mean, (low, high) = [share.fraction for share in shares], zip(*(share.interval for share in shares), strict=True)
     _curve(axes, series.at, Band(tuple(mean), low, high), label, colour)
-    axes.set_ylim(-0.02, 1.04)
+    axes.set_ylim(top=1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _curve(axes: Any, at: Sequence[int], values: Band, label: str, colour: Any, *, shaded: bool = True) -> None:
-    axes.plot(at, values.mean, color=colour, label=label, linewidth=1.6)
-    if shaded:
-        axes.fill_between(at, values.low, values.high, color=colour, alpha=0.18, linewidth=0)
+def _curve(axes: Any, at: Sequence[int], values: Band, label: str, colour: Any) -> None:
+    axes.plot(at, values.mean, color=colour, label=label, linewidth=1.6, clip_on=False)
+    axes.fill_between(at, values.low, values.high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _finish(axes: Any, study: Study, across: str, up: str, *, columns: int = 1) -> None:
-    """Mark the gates, and name the axes."""
+def _finish(axes: Any, study: Study, across: str, up: str, **legend: Any) -> None:
+    """Name the axes and the curves, and mark the gates."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.axvline(study.own_gate_step, color="black", linewidth=1.0, linestyle="--", label=f"default gate, {study.own_gate_step}")
-    suggested = study.suggestion.gate_step
-    if suggested is not None:
-        axes.axvline(suggested, color="black", linewidth=1.0, linestyle=":", label=f"suggested gate, {suggested}")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.set_xlim(0, study.steps)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if axes.get_ylim()[0] > -0.02:
-        axes.set_ylim(bottom=0)
-    axes.legend(ncols=columns)
+    axes.set_ylim(bottom=0)
+    handles = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    if len(handles) > 1:
+        axes.legend(handles=handles, **legend)
+    for gate_step, style, label in _gates(study):
+        axes.axvline(gate_step, label=label, gid=_GATE, zorder=1.5, **style)
+
+
+def _gates(study: Study) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Each gate that is marked: the step, its line, and what it is."""
+    yield (
+        study.own_gate_step,
+        {"color": "black", "linewidth": 1.1, "linestyle": "--"},
+        f"g = {study.own_gate_step}: the model's default gate",
+    )
+    suggestion = study.suggestion
+    answers = (
+        ("by_convergence", suggestion.by_convergence, CONVERGENCE_RULE, "-."),
+        ("by_accuracy", suggestion.by_accuracy, ACCURACY_RULE, ":"),
+    )
+    for name, answer, rule, line in answers:
+        if answer is not None:
+            suggested = "suggested, " if suggestion.rule == name else ""
+            yield answer, {"color": _GRAY, "linewidth": 1.3, "linestyle": line}, f"g = {answer}: {suggested}{rule}".replace("D_t", "$D_t$")
 
 
 def _title(study: Study) -> str:
     settings = study.settings
     scale = settings["guidance_scale"]
     guidance = "" if scale is None else f", guidance {scale:g}"
-    return f"{study.name}: {settings['pictures']} pictures of {study.steps} steps, {settings['scheduler']}{guidance}"
-
-
-def _foot(study: Study) -> str:
-    """The rules with their answers, and what is shaded."""
-    lines = []
-    for answer, rule in ((study.suggestion.by_convergence, CONVERGENCE_RULE), (study.suggestion.by_accuracy, ACCURACY_RULE)):
-        if answer is not None:
-            chosen = ", the suggestion" if rule is _rule_of(study) else ""
-            lines.append(f"g = {answer}{chosen}: the smallest where {rule}")
-    lines.append("Shaded: 95 % intervals over pictures. C: what enters an attention module's output projection.")
-    return "\n".join(lines)
-
-
-def _rule_of(study: Study) -> str:
-    return ACCURACY_RULE if study.suggestion.rule == "by_accuracy" else CONVERGENCE_RULE
+    drawn = f"{settings['pictures']} pictures of {study.steps} steps, {settings['scheduler']}{guidance}"
+    return f"{study.name}: {drawn}. Shaded: 95 % intervals over pictures."

@@ -37,7 +37,7 @@ def measure(subject: Subject, progress: Callable[[], None]) -> dict[str, Series]
         By order, `TEXT_FIRST` and `TEXT_LAST`.
     """
     null = null_prompt(subject)
-    known: dict[tuple[bool, ...], Outcome] = {}
+    known: dict[tuple[bool, ...], Outcome] = {(True,) * subject.steps: subject.compare(subject.vanilla)}
 
     def outcome(order: str, m: int) -> Outcome:
         plan = text_steps(order, m, subject.steps)
@@ -63,9 +63,6 @@ def draw(subject: Subject, plan: Sequence[bool], null: Mapping[str, Tensor]) -> 
         plan: whether each step has the text.
         null: the null prompt, see `null_prompt`.
     """
-    if all(plan):
-        return subject.vanilla
-
     def swap(call: Call, keywords: dict[str, Any]) -> dict[str, Any] | None:
         return None if plan[call.step] else _with_text(keywords, null)
 

@@ -120,7 +120,7 @@ def analyze(
     gates = _sweep(subject) if "gate" in parts else None
     swapped = _swap(subject) if "null-text" in parts else None
     curves = _converge(subject) if "convergence" in parts else None  # last: it frees the engines
-    relative = curves[CROSS_ATTENTION]["all layers"].relative.mean if curves and CROSS_ATTENTION in curves else None
+    relative = curves[CROSS_ATTENTION][convergence.ALL_LAYERS].relative.mean if curves and CROSS_ATTENTION in curves else None
     return Study(
         subject=describe(subject.bundle),
         settings=_settings(subject, parts),

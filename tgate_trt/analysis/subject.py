@@ -78,7 +78,7 @@ class Subject:
         self.bundle = bundle
         self.sampling = sampling
         self.steps = sampling.steps or bundle.manifest.steps
-        self.prompts, self.captioned = _prompts(sampling, is_demo=bundle.manifest.model["name"] == DEMO_MODEL)
+        self.prompts, self.captioned = prompts_of(sampling, is_demo=bundle.manifest.model["name"] == DEMO_MODEL)
         self.pipeline: Any = load(bundle, backend=backend)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler = scheduler_of(self.pipeline, sampling.scheduler)
@@ -209,8 +209,13 @@ def eager_denoiser(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
     return denoiser.eval().requires_grad_(False)
 
 
-def _prompts(sampling: Sampling, *, is_demo: bool) -> tuple[tuple[str, ...], tuple[Captioned, ...] | None]:
-    """The prompt of each picture, and what each must show where a scorer can tell."""
+def prompts_of(sampling: Sampling, *, is_demo: bool) -> tuple[tuple[str, ...], tuple[Captioned, ...] | None]:
+    """The prompt of each picture, and what each must show where a scorer can tell.
+
+    Args:
+        sampling: what was asked for.
+        is_demo: whether the model is the demo model, whose pictures the scorer can read.
+    """
     captioned: list[Captioned] | None = None
     if is_demo:
         captioned = _captioned(sampling)

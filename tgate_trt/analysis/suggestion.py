@@ -25,9 +25,12 @@ SMOOTHING = 3
 SIGNIFICANCE = 0.05
 LEAST_PICTURES = 20
 
-CONVERGENCE_RULE = f"relative D_t of cross-attention, mean of {SMOOTHING} steps, has fallen to {FRACTION:g} of its highest value so far"
-ACCURACY_RULE = f"from here on accuracy is not significantly below vanilla's (sign test, one-sided, {SIGNIFICANCE:.0%})"
-"""The rules in short, as the figure and the file of results state them; each says where the smallest g is."""
+CONVERGENCE_RULE = (
+    f"the smallest g where the relative D_t of cross-attention, mean of {SMOOTHING} steps, "
+    f"has fallen to {FRACTION:g} of its highest value so far"
+)
+ACCURACY_RULE = f"the smallest g from which on accuracy is not significantly below vanilla's (one-sided sign test, {SIGNIFICANCE:.0%})"
+"""The rules as the command, the figure and the file of results state them."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ class Suggestion:
         return {
             "gate_step": self.gate_step,
             "rule": self.rule,
-            "by_convergence": {"gate_step": self.by_convergence, "smallest_g_where": CONVERGENCE_RULE},
+            "by_convergence": {"gate_step": self.by_convergence, "rule": CONVERGENCE_RULE},
             "by_accuracy": {
                 "gate_step": self.by_accuracy,
-                "smallest_g_where": ACCURACY_RULE,
+                "rule": ACCURACY_RULE,
                 "lost": [each.lost for each in self.differences],
                 "won": [each.won for each in self.differences],
                 "p": [each.p for each in self.differences],

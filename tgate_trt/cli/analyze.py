@@ -23,7 +23,7 @@ def analyze(
     prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line, added to --prompt.")] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Pictures; prompts are taken in turn. [default: one a prompt; 100 of the demo model's captions]", min=1),
+        typer.Option(help="Pictures; prompts are taken in turn. [default: one a prompt; the demo model's captions: 100]", min=1),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: the model's own, mostly 25]")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next have the next seeds.")] = 0,
@@ -81,11 +81,11 @@ def analyze(
 def _summary(study: Study) -> Table:
     """What was suggested, and by which rule."""
     suggestion = study.suggestion.to_json()
-    table = Table("rule: the smallest gate step where …", "gate step", box=None)
+    table = Table("gate step", "rule", box=None)
     for name in ("by_convergence", "by_accuracy"):
         answer = suggestion[name]["gate_step"]
-        suggested = " (suggested)" if suggestion["rule"] == name else ""
-        table.add_row(suggestion[name]["smallest_g_where"], "not measured" if answer is None else f"{answer} of {study.steps}{suggested}")
+        suggested = ", suggested" if suggestion["rule"] == name else ""
+        table.add_row("not measured" if answer is None else f"{answer} of {study.steps}{suggested}", suggestion[name]["rule"])
     return table
 
 

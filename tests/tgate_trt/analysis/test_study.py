@@ -1,0 +1,134 @@
+"""``tgate-analyze`` from a model to its files, and the errors that a user would make."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from tgate_trt.analysis import study
+from tgate_trt.analysis.convergence import ALL_LAYERS
+from tgate_trt.bundle import Bundle
+from tgate_trt.cli import analyze
+
+STEPS = 4
+
+
+def run(*arguments: object) -> Result:
+    """Run the command in this process, and check that it ends without a traceback."""
+    result = CliRunner().invoke(analyze.app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def error_of(result: Result) -> str:
+    """The one sentence of a command that failed on its user's input."""
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def results(sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command writes for the tiny model."""
+    folder = tmp_path_factory.mktemp("analysis")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red fox\n\ntwo birds in a tree\n", encoding="utf-8")
+    result = run(sd_bundle.folder, "--prompts", prompts, "--steps", STEPS, "--samples", 3, "--output", folder / "out")
+    assert result.exit_code == 0, result.output
+    files = sorted((folder / "out").iterdir())
+    assert [file.name for file in files] == ["analysis-tiny-sd.json", "analysis-tiny-sd.png"]
+    with Image.open(files[1]) as figure:
+        assert figure.format == "PNG" and min(figure.size) > 500
+    data: dict[str, Any] = json.loads(files[0].read_text(encoding="utf-8"))
+    gate_step = data["suggestion"]["gate_step"]
+    assert f"{gate_step} of {STEPS}, suggested" in result.output and str(files[0].name) in result.output.replace("\n", "")
+    return data
+
+
+def test_results_say_what_they_are_of(results: dict[str, Any]) -> None:
+    assert results["subject"]["model"] == "tiny-sd"
+    assert results["settings"]["prompts"] == ["a red fox", "two birds in a tree"]
+    assert (results["settings"]["steps"], results["settings"]["pictures"], results["settings"]["backend"]) == (STEPS, 3, "onnxruntime")
+    assert {"versions", "commit", "machine", "date"} <= results.keys()
+    assert re.search(r"0\.5 of its highest", results["suggestion"]["by_convergence"]["rule"])
+
+
+def test_results_are_whole(results: dict[str, Any]) -> None:
+    for kind in ("cross_attention", "self_attention"):
+        groups = results["convergence"][kind]
+        assert list(groups) == [ALL_LAYERS, "down 8×8", "mid 4×4", "up 8×8"]
+        assert [len(groups[ALL_LAYERS]["relative"][end]) for end in ("low", "mean", "high")] == [STEPS - 1] * 3
+    gate, null_text = results["gate"], results["null_text"]
+    assert gate["at"] == [1, 2, 3, 4] and gate["accuracy"] is None
+    distances = gate["distance"]["mean"]
+    assert distances[-1] == 0 < min(distances[:-1])
+    assert null_text["text first"]["at"] == [0, 1, 2, 3, 4]
+    assert null_text["text first"]["distance"]["mean"][-1] == null_text["text last"]["distance"]["mean"][0] == 0
+    assert results["suggestion"]["rule"] == "by_convergence"
+
+
+def test_a_model_becomes_a_bundle_first(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "build", partial(study.build, verify=False, components=False))  # takes a minute less
+    result = run(tiny_sd, "--prompt", "a fox", "--steps", 2, "--only", "gate", "--json", "found.json")
+    assert result.exit_code == 0, result.output
+    Bundle.open(next((tmp_path / "bundles").iterdir()))
+    data = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert data["convergence"] is data["null_text"] is data["suggestion"]["gate_step"] is None
+    assert data["gate"]["distance"]["low"] == data["gate"]["distance"]["mean"]
+    assert not (tmp_path / "analysis").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("part", ["convergence", "null-text"])
+def test_one_part_makes_a_figure_too(sd_bundle: Bundle, part: str, suffix: str, tmp_path: Path) -> None:
+    plot = tmp_path / f"figure{suffix}"
+    result = run(sd_bundle.folder, "--prompt", "a fox", "--steps", 2, "--only", part, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == [plot] and plot.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "convergence,gates"], "--only takes one or more of convergence, null-text, gate, got 'gates'"),
+        (["--only", ","], "got 'none'"),
+        (["--prompts", "nowhere.txt"], "cannot read prompts from nowhere.txt"),
+        (["--prompts", "empty.txt"], "empty.txt holds no prompts"),
+        (["--steps", "1"], "needs at least 2, got 1"),
+        (["--scheduler", "dpm"], "there is no scheduler 'dpm'"),
+        (["--backend", "openvino"], "there is no backend 'openvino'"),
+        (["--plot", "figure.jpeg"], "a figure is a file of .png, .svg, .pdf; got figure.jpeg"),
+        (["--output", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--output", "empty.txt"], "cannot write to empty.txt"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    sd_bundle: Bundle, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n", encoding="utf-8")
+    assert message in error_of(run(sd_bundle.folder, *arguments))
+
+
+@pytest.mark.parametrize("model", ["sdxxl", "/nowhere/at/all"])
+def test_a_model_that_is_not_there(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model in error_of(run(model, "--json", "found.json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_a_figure_names_the_extra(sd_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "tgate-trt[bench]"' in error_of(run(sd_bundle.folder, "--output", tmp_path / "out"))
+    result = run(sd_bundle.folder, "--prompt", "a fox", "--steps", 2, "--only", "convergence", "--json", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
