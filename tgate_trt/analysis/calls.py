@@ -46,8 +46,7 @@ def watching(pipeline: Any, denoiser: nn.Module, on_call: OnCall) -> Iterator[No
 
     def hook(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
         timestep = keywords["timestep"] if "timestep" in keywords else arguments[1]
-        sample = arguments[0] if arguments else keywords.get("sample", keywords.get("hidden_states"))
-        replaced = on_call(counter.count(sample, timestep), keywords)
+        replaced = on_call(counter.count(arguments[0], timestep), keywords)
         return None if replaced is None else (arguments, replaced)
 
     handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)

@@ -99,7 +99,7 @@ class Recording:
             change = torch.linalg.vector_norm(before.float() - output.float(), dim=(1, 2))
             size = torch.linalg.vector_norm(before.float(), dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
             rows = torch.stack([change, change / size])
-            self._changes[tap][-1].append(rows.unflatten(1, (2, -1)).mean(1) if call.guided else rows)
+            self._changes[tap][-1].append(torch.stack(rows.chunk(2, 1)).mean(0) if call.guided else rows)
         self._before[tap], self._tokens[tap] = output, output.shape[1]
 
 
@@ -119,7 +119,8 @@ def recording(pipeline: Any, denoiser: nn.Module) -> Iterator[Recording]:
         raise UnsupportedError(f"{type(denoiser).__name__} has no cross-attention or self-attention that is known here")
     with contextlib.ExitStack() as stack:
         for tap, module in seen.modules.items():
-            handle = module.to_out[0].register_forward_pre_hook(lambda _module, inputs, tap=tap: seen.see(tap, inputs[0]))
+            projection: Any = module.to_out
+            handle = projection[0].register_forward_pre_hook(lambda _module, inputs, tap=tap: seen.see(tap, inputs[0]))
             stack.callback(handle.remove)
         stack.enter_context(watching(pipeline, denoiser, seen.on_call))
         yield seen

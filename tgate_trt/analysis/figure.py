@@ -27,7 +27,7 @@ _KINDS = {CROSS_ATTENTION: ("cross-attention", _BLUE), SELF_ATTENTION: ("self-at
 _ORDERS = {TEXT_FIRST: ("$S^F$: text, then null prompt", _BLUE), TEXT_LAST: ("$S^L$: null prompt, then text", _VERMILION)}
 _SIDES = {"down": "-", "mid": "-.", "up": "--"}
 """Line of a UNet's layers, by their side of it."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -90,7 +90,7 @@ def save(study: Study, path: Path) -> None:
                 axes.set_title(title)
                 panel(axes, study)
         gates = [line for line in figure.axes[0].get_lines() if line.get_gid() == _GATE]
-        figure.legend(gates, [line.get_label() for line in gates], loc="outside lower left", fontsize=9, handlelength=3)
+        figure.legend(handles=gates, loc="outside lower left", fontsize=9, handlelength=3)
         with replacing(path) as partial:
             figure.savefig(partial, dpi=130, format=path.suffix.removeprefix(".").lower())
 

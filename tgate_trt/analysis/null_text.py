@@ -63,6 +63,7 @@ def draw(subject: Subject, plan: Sequence[bool], null: Mapping[str, Tensor]) -> 
         plan: whether each step has the text.
         null: the null prompt, see `null_prompt`.
     """
+
     def swap(call: Call, keywords: dict[str, Any]) -> dict[str, Any] | None:
         return None if plan[call.step] else _with_text(keywords, null)
 

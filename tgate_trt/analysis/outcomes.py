@@ -65,7 +65,7 @@ def compare(pictures: Tensor, vanilla: Tensor, captioned: Sequence[Captioned] | 
         vanilla: the same prompts from the same noise, of the same form.
         captioned: what the demo model was asked for, picture by picture.
     """
-    pairs = zip(pictures.split(_AT_ONCE), vanilla.split(_AT_ONCE), strict=True)
+    pairs = zip(torch.split(pictures, _AT_ONCE), torch.split(vanilla, _AT_ONCE), strict=True)
     distance = torch.cat([perceptual_distance(some.float() / 255, others.float() / 255) for some, others in pairs])
     if captioned is None:
         return Outcome(distance, None)

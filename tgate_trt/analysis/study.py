@@ -17,7 +17,7 @@ import torch
 from tgate_trt.analysis import convergence, figure, gate_sweep, null_text
 from tgate_trt.analysis.convergence import Convergence
 from tgate_trt.analysis.outcomes import DISTANCE, Series
-from tgate_trt.analysis.subject import Sampling, Subject
+from tgate_trt.analysis.subject import Sampling, Subject, check_weights
 from tgate_trt.analysis.suggestion import Suggestion, suggest
 from tgate_trt.bench.record import describe, environment
 from tgate_trt.builder import build
@@ -115,14 +115,16 @@ def analyze(
     """
     check_parts(parts)
     before = environment()
-    subject = Subject(open_bundle(model, backend, random_weights=random_weights), sampling or Sampling(), backend)
-    manifest = subject.bundle.manifest
+    bundle = open_bundle(model, backend, random_weights=random_weights)
+    if "convergence" in parts:
+        check_weights(bundle)
+    subject, manifest = Subject(bundle, sampling or Sampling(), backend), bundle.manifest
     gates = _sweep(subject) if "gate" in parts else None
     swapped = _swap(subject) if "null-text" in parts else None
     curves = _converge(subject) if "convergence" in parts else None  # last: it frees the engines
     relative = curves[CROSS_ATTENTION][convergence.ALL_LAYERS].relative.mean if curves and CROSS_ATTENTION in curves else None
     return Study(
-        subject=describe(subject.bundle),
+        subject=describe(bundle),
         settings=_settings(subject, parts),
         environment=before,
         steps=subject.steps,

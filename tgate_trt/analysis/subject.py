@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgate_trt.analysis.outcomes import Outcome, compare
@@ -19,7 +19,10 @@ from tgate_trt.bundle import Bundle
 from tgate_trt.demo.dataset import Captioned, examples, parse
 from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.generate import scheduler_of
+from tgate_trt.pipeline import load
+from tgate_trt.refitting import fused, loras_of
 from tgate_trt.schedule import NONE, GateStep
 from tgate_trt.specs import MAXIMUM_ROWS
 
@@ -73,8 +76,6 @@ class Subject:
             BundleError: if it cannot be used.
             InputError: if there is no such backend or scheduler.
         """
-        from tgate_trt.pipeline import load
-
         self.bundle = bundle
         self.sampling = sampling
         self.steps = sampling.steps or bundle.manifest.steps
@@ -142,11 +143,7 @@ class Subject:
                 progress()
 
     def use_eager(self) -> nn.Module:
-        """Put the model itself, from the bundle's weights, in the place of the engines, which are freed.
-
-        Raises:
-            StaleBundleError: if the bundle's weights were discarded.
-        """
+        """Put the model itself, from the bundle's weights, in the place of the engines, which are freed."""
         gated = self.gated
         gated.close()
         eager = eager_denoiser(self.bundle, gated.dtype).to(self.pipeline.device)
@@ -189,23 +186,21 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return prompts
 
 
-def eager_denoiser(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
-    """The denoiser in eager PyTorch, with the bundle's weights and the LoRAs that were put into it.
+def check_weights(bundle: Bundle) -> None:
+    """See that a bundle holds what eager PyTorch needs.
 
     Raises:
-        StaleBundleError: if the bundle's weights were discarded.
+        StaleBundleError: if its weights were discarded.
     """
-    from safetensors.torch import load_file
-
-    from tgate_trt.export.weights import WEIGHTS_FILE
-    from tgate_trt.refitting import fused, loras_of
-
     if WEIGHTS_FILE not in bundle.manifest.files:
         raise StaleBundleError(f"{bundle.folder} holds no weights to look into; build it again without --discard-graphs")
+
+
+def eager_denoiser(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
+    """The denoiser in eager PyTorch, with the bundle's weights and the LoRAs that were put into it; see `check_weights`."""
     denoiser = bundle.denoiser_on_meta(dtype)
     denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(bundle.folder / WEIGHTS_FILE).items()}, assign=True)
-    changed = fused(bundle, loras_of(bundle), bundle.manifest.model["attribute"])
-    denoiser.load_state_dict(changed, strict=False)
+    denoiser.load_state_dict(fused(bundle, loras_of(bundle), bundle.manifest.model["attribute"]), strict=False)
     return denoiser.eval().requires_grad_(False)
 
 
@@ -240,4 +235,5 @@ def _batch_size(bundle: Bundle, backend: str) -> int:
     built_for, most = bundle.manifest.built_for, bundle.manifest.batch_size.maximum
     if backend not in UNCOMPILED:
         return most
-    return min(max(most, math.ceil(_PIXELS / (built_for["height"] * built_for["width"]))), MAXIMUM_ROWS // 2)
+    pixels: int = built_for["height"] * built_for["width"]
+    return min(max(most, _PIXELS // pixels), MAXIMUM_ROWS // 2)

@@ -46,7 +46,7 @@ class Difference:
     def p(self) -> float:
         """Chance of so few won, or fewer, if the gate made no difference."""
         pairs = self.lost + self.won
-        return sum(math.comb(pairs, count) for count in range(self.won + 1)) / 2**pairs
+        return float(sum(math.comb(pairs, count) for count in range(self.won + 1)) / 2**pairs)
 
     @property
     def is_significant(self) -> bool:

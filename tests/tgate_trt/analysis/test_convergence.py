@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgate_trt.analysis.convergence import ALL_LAYERS, Layer, curves, group_of, recording
-from tgate_trt.analysis.subject import eager_denoiser
+from tgate_trt.analysis.subject import check_weights, eager_denoiser
 from tgate_trt.bundle import Bundle
+from tgate_trt.errors import StaleBundleError
 from tgate_trt.generate import SCHEDULERS
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION
 
@@ -174,3 +176,10 @@ def test_the_denoiser_comes_from_the_bundles_weights(sd_bundle: Bundle, tiny_sd:
     source = load_file(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors")
     assert state.keys() == source.keys()
     assert all(torch.equal(state[name], source[name]) for name in source)
+
+
+def test_a_bundle_without_weights_is_refused_before_anything_is_drawn(sd_bundle: Bundle) -> None:
+    check_weights(sd_bundle)
+    discarded = replace(sd_bundle, manifest=replace(sd_bundle.manifest, files={}))
+    with pytest.raises(StaleBundleError, match="--discard-graphs"):
+        check_weights(discarded)

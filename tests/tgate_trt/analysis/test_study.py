@@ -76,13 +76,14 @@ def test_results_are_whole(results: dict[str, Any]) -> None:
     assert results["suggestion"]["rule"] == "by_convergence"
 
 
-def test_a_model_becomes_a_bundle_first(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_becomes_a_bundle_first(tiny_sd_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "build", partial(study.build, verify=False, components=False))  # takes a minute less
-    result = run(tiny_sd, "--prompt", "a fox", "--steps", 2, "--only", "gate", "--json", "found.json")
+    result = run(tiny_sd_configs, "--random-weights", "--prompt", "a fox", "--steps", 2, "--only", "gate", "--json", "found.json")
     assert result.exit_code == 0, result.output
     Bundle.open(next((tmp_path / "bundles").iterdir()))
     data = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert data["subject"]["random_weights"]
     assert data["convergence"] is data["null_text"] is data["suggestion"]["gate_step"] is None
     assert data["gate"]["distance"]["low"] == data["gate"]["distance"]["mean"]
     assert not (tmp_path / "analysis").exists()
