@@ -3,7 +3,8 @@
 A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the
 planning engine on that batch. The last planning call's cross-attention outputs are averaged over the two halves and kept.
 From the gate on it runs the fidelity engine on the negative half alone and returns the prediction ``n`` twice, so that
-the pipeline's guidance, ``n + s·(n − n)``, gives ``n``. (T-GATE, arXiv 2404.02747, section 4.)
+the pipeline's guidance, ``n + s·(n − n)``, gives ``n``. (T-GATE, arXiv 2404.02747, section 4; `tgate_trt.after_gate` tells
+what else can be kept.)
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgate_trt.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
-from tgate_trt.specs import CACHE_PREFIX, ROWS, TensorSpec
+from tgate_trt.specs import ROWS, TensorSpec
 
-HALVES = {"negative": 0, "positive": 1}
-"""Place of each half in the guidance batch."""
+_PREDICTION = "noise_pred"
+_TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
 
 
 @dataclass
@@ -33,6 +35,7 @@ class _Run:
     timesteps: Tensor
     """The scheduler's own tensor; another object means that another run has begun."""
     schedule: GateSchedule
+    after_gate: AfterGate
     guided: bool
     rows: int
     """Rows of each call: two an image under guidance."""
@@ -41,7 +44,7 @@ class _Run:
     calls: int = 0
     """Calls made so far."""
     has_cache: bool = False
-    """Whether the hand-off of this very run has been made."""
+    """Whether the hand-off of this very run has been made; what lies in the buffers before it is another run's."""
 
     @property
     def images(self) -> int:
@@ -64,7 +67,7 @@ class GatedDenoiser(nn.Module):
         *,
         gate_step: GateStep,
         guidance: bool | None = None,
-        half: str = "negative",
+        after_gate: str = DEFAULT_AFTER_GATE,
         low_memory: bool = False,
     ) -> None:
         """Make a denoiser for one pipeline.
@@ -77,11 +80,11 @@ class GatedDenoiser(nn.Module):
                 drops guidance at the gate and nothing else.
             gate_step: number of planning steps, a fraction of the steps, or ``"none"``.
             guidance: whether runs are guided; read from the pipeline if None.
-            half: the half of the guidance batch whose conditioning is kept after the gate.
+            after_gate: what a guided run does from the gate on, of `tgate_trt.after_gate.AFTER_GATE`.
             low_memory: whether to hold one engine at a time: each is loaded anew in every run.
 
         Raises:
-            InputError: if ``gate_step`` is impossible.
+            InputError: if ``gate_step`` is impossible, or ``after_gate`` none of the modes.
         """
         super().__init__()
         # Past nn.Module's registry: the pipeline would be a cycle, and the replaced module must not move with `.to()`.
@@ -91,19 +94,28 @@ class GatedDenoiser(nn.Module):
         self.fidelity = fidelity
         self.gate_step = check_gate_step(gate_step)
         self.guidance = guidance
-        self._kept_half = HALVES[half]
+        after_gate_of(after_gate)
+        self.after_gate = after_gate
         self.built_from: Any = None
         """Bundle and backend of the engines, where they are of one."""
         self._low_memory = low_memory and planning is not fidelity
+        self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
+        self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
+        self._cache_inputs = fidelity.spec.cache_inputs
         self._run: _Run | None = None
         self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self._hand_offs: dict[tuple[int, int], HandOff] = {}
+        self._hand_offs: dict[tuple[int, int, AfterGate], HandOff] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, "replaces"), name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines run. Each run of a pipeline asks for it, and the replaced module would look through all of its parts."""
+        return self.planning.device
 
     def forward(
         self,
@@ -117,7 +129,7 @@ class GatedDenoiser(nn.Module):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """Predict noise as the replaced denoiser would, or from the gate on as T-GATE does.
+        """Predict noise as the replaced denoiser would, or from the gate on as ``after_gate`` says.
 
         Args:
             sample: noisy latents, ``[rows, channels, height, width]``; ``[negative, positive]`` under guidance.
@@ -136,12 +148,14 @@ class GatedDenoiser(nn.Module):
         sample = hidden_states if sample is None else sample
         assert sample is not None
         tensors = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
-        tensors |= dict(added_cond_kwargs or {})
+        tensors |= added_cond_kwargs or {}
         self._refuse_unknown(tensors, others)
         run = self._advance(sample, timestep)
+        tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
+            torch.as_tensor(timestep)
+        )
         call = run.calls - 1
-        tensors["timestep"] = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(run.rows)
-        prediction = self._plan(run, call, tensors) if run.schedule.is_planning(call) else self._refine(run, tensors)
+        prediction = self._plan(run, call, tensors) if run.schedule.is_planning(call) else self._refine(run, call, tensors)
         if not return_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -161,8 +175,7 @@ class GatedDenoiser(nn.Module):
         self._hand_offs.clear()
 
     def _refuse_unknown(self, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-        known = {tensor.name for tensor in (*self.planning.spec.inputs, *self.fidelity.spec.inputs)}
-        unknown = {name: value for name, value in tensors.items() if name not in known} | dict(others)
+        unknown = {name: value for name, value in tensors.items() if name not in self._known} | dict(others)
         for name, value in unknown.items():
             if value is not None and not (isinstance(value, Mapping) and not value):
                 raise UnsupportedError(f"the graphs of this bundle do not take {name!r}; run this pipeline without tgate-trt")
@@ -208,7 +221,8 @@ class GatedDenoiser(nn.Module):
         for sizes in [sizes for sizes in self._hand_offs if sizes[0] != rows]:
             del self._hand_offs[sizes]
         timesteps = pipeline.scheduler.timesteps
-        return _Run(timesteps, schedule_of(pipeline, timestep, self.gate_step), guided, rows, _place(timesteps, timestep))
+        schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
+        return _Run(timesteps, schedule, after_gate, guided, rows, _place(timesteps, timestep))
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
         """Whether the batch is ``[negative, positive]``: as told, as the pipeline says, else by equal halves at the first call."""
@@ -224,35 +238,51 @@ class GatedDenoiser(nn.Module):
         if self._low_memory:
             self.fidelity.unload()
         outputs = self._outputs(self.planning, run.rows)
-        self.planning.run(_as_inputs(self.planning, tensors), outputs)
+        self.planning.run(_inputs(self._planning_inputs, tensors, None), outputs)
         if run.schedule.hands_off(call):
             self._hand_off(run, outputs)
-        return outputs["noise_pred"].to(tensors["sample"].dtype, copy=True)
+        return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
 
     def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
-        """Write this run's caches: the mean of the guidance halves, or a copy without guidance."""
-        key = (run.rows, run.images)
+        """Write what this run keeps: of the guidance halves the caches' mean or one half's own, or all without guidance."""
+        after = run.after_gate
+        if run.guided and after.fades:
+            negative, positive = outputs[_PREDICTION].chunk(2)
+            torch.sub(positive, negative, out=self._direction(run))
+        key = (run.rows, run.images, after)
         if key not in self._hand_offs:
-            self._hand_offs[key] = HandOff(outputs, self._caches(run))
+            taps = {tensor.name: outputs[tensor.name] for tensor in self._cache_inputs}
+            if run.guided and not after.averages:
+                taps = {name: tap.chunk(2)[after.half] for name, tap in taps.items()}
+            self._hand_offs[key] = HandOff(taps, self._caches(run))
         self._hand_offs[key].run()
         run.has_cache = True
 
-    def _refine(self, run: _Run, tensors: Mapping[str, Any]) -> Tensor:
-        """Run on the kept half alone, with the cached outputs, and return the prediction for both halves."""
-        caches = self._caches(run)
-        if caches and not run.has_cache:
+    def _refine(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Run on the kept half alone, with what was handed off, and return a prediction for both halves."""
+        if not run.has_cache:
             raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
-        kept = {name: _half(tensor, self._kept_half) if run.guided else tensor for name, tensor in tensors.items()}
         if self._low_memory:
             self.planning.unload()
+        after = run.after_gate
+        inputs = _inputs(self._fidelity_inputs, tensors, after.half if run.guided else None)
         outputs = self._outputs(self.fidelity, run.images)
-        self.fidelity.run({**_as_inputs(self.fidelity, kept), **caches}, outputs)
-        sample: Tensor = tensors["sample"]
-        prediction = outputs["noise_pred"].to(sample.dtype, copy=True)
-        return prediction.repeat(2, 1, 1, 1) if run.guided else prediction
+        self.fidelity.run(inputs | self._caches(run), outputs)
+        dtype = tensors["sample"].dtype
+        if not run.guided:
+            return outputs[_PREDICTION].to(dtype, copy=True)
+        both = outputs[_PREDICTION].repeat(2, 1, 1, 1).to(dtype)
+        if after.fades:  # [p − w·d, p], of which the pipeline's guidance, n + s·(p − n), makes p + (s − 1)·w·d
+            both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
+        return both
 
     def _caches(self, run: _Run) -> dict[str, Tensor]:
-        return self._allocated("cache", self.fidelity.spec.cache_inputs, run.images, self.fidelity.device)
+        return self._allocated("cache", self._cache_inputs, run.images, self.fidelity.device)
+
+    def _direction(self, run: _Run) -> Tensor:
+        """``p − n`` of the last guided step."""
+        tensors = tuple(tensor for tensor in self.planning.spec.outputs if tensor.name == _PREDICTION)
+        return self._allocated("direction", tensors, run.images, self.planning.device)[_PREDICTION]
 
     def _outputs(self, engine: Engine, rows: int) -> dict[str, Tensor]:
         return self._allocated(engine.spec.name, engine.spec.outputs, rows, engine.device)
@@ -301,9 +331,10 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
 
 def _place(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
     """Which of the scheduler's timesteps this is, told by its address, so that a GPU need not be waited for; None if a copy."""
-    if not isinstance(timestep, Tensor) or timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+    if not isinstance(timestep, Tensor):
         return None
-    return (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
+    offset = timestep.data_ptr() - timesteps.data_ptr()
+    return offset // timesteps.element_size() if 0 <= offset < timesteps.nbytes else None
 
 
 def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
@@ -320,18 +351,20 @@ def _has_equal_halves(sample: Tensor) -> bool:
     return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
 
 
-def _half(tensor: Tensor | None, index: int) -> Tensor | None:
-    return None if tensor is None else tensor.chunk(2)[index]
+def _own_inputs(engine: Engine) -> tuple[tuple[str, torch.dtype], ...]:
+    """Names and dtypes of an engine's inputs, but for its caches."""
+    names = {tensor.name for tensor in engine.spec.cache_inputs}
+    return tuple((tensor.name, getattr(torch, tensor.dtype)) for tensor in engine.spec.inputs if tensor.name not in names)
 
 
-def _as_inputs(engine: Engine, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The engine's inputs, but for its caches, in its dtypes and contiguous; no copy where they are so already."""
+def _inputs(wanted: tuple[tuple[str, torch.dtype], ...], tensors: Mapping[str, Any], half: int | None) -> dict[str, Tensor]:
+    """The tensors that an engine wants, or one half of each, in its dtypes and contiguous; no copy where they are so already."""
     inputs = {}
-    for tensor in engine.spec.inputs:
-        if tensor.name.startswith(CACHE_PREFIX):
-            continue
-        value = tensors.get(tensor.name)
+    for name, dtype in wanted:
+        value = tensors.get(name)
         if value is None:
-            raise GateError(f"the {engine.spec.name} graph needs {tensor.name!r}, which the pipeline did not give")
-        inputs[tensor.name] = value.to(getattr(torch, tensor.dtype)).contiguous()
+            raise GateError(f"the graphs need {name!r}, which the pipeline did not give")
+        if half is not None:
+            value = value.chunk(2)[half]
+        inputs[name] = value.to(dtype).contiguous()
     return inputs

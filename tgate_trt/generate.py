@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgate_trt.after_gate import DEFAULT_AFTER_GATE, after_gate_of
 from tgate_trt.bundle import Bundle, replacing
 from tgate_trt.errors import InputError
 from tgate_trt.schedule import GateStep, check_gate_step, parse_gate_step, planning_steps
@@ -46,6 +47,8 @@ class Settings:
     steps: int | None = None
     gate_steps: tuple[str, ...] = ()
     """As the commands take them; the bundle's own if empty."""
+    after_gate: str = DEFAULT_AFTER_GATE
+    """Of `tgate_trt.after_gate.AFTER_GATE`."""
     guidance_scale: float | None = None
     seed: int = 0
     scheduler: str | None = None
@@ -80,7 +83,8 @@ def generate(bundle: str | os.PathLike[str], settings: Settings, *, backend: str
     gate_steps = [check_gate_step(parse_gate_step(text)) for text in settings.gate_steps] or [opened.manifest.gate_step or "none"]
     for gate_step in gate_steps:
         planning_steps(gate_step, steps)
-    pipeline = load(opened, backend=backend, threads=threads)
+    after_gate_of(settings.after_gate)
+    pipeline = load(opened, backend=backend, threads=threads, after_gate=settings.after_gate)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = scheduler_of(pipeline, settings.scheduler)
     arguments = _arguments(opened, settings, steps)
@@ -157,9 +161,11 @@ def sheet(columns: Sequence[Column], settings: Settings) -> Image:
     return page
 
 
-def label_of(gate_step: GateStep) -> str:
-    """How a gate step is shown to people."""
-    return "vanilla" if gate_step == "none" else f"gate step {gate_step}"
+def label_of(gate_step: GateStep, after_gate: str) -> str:
+    """How a gate step, and what comes after it unless it is the default, are shown to people."""
+    if gate_step == "none":
+        return "vanilla"
+    return f"gate step {gate_step}" + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")
 
 
 def _arguments(bundle: Bundle, settings: Settings, steps: int) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def _column(pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mappin
         first = settings.seed + index * settings.images
         generators = [torch.Generator().manual_seed(first + image) for image in range(settings.images)]
         pictures += pipeline(prompt, **arguments, generator=generators).images
-    return Column(label_of(gate_step), tuple(pictures), time.perf_counter() - start)
+    return Column(label_of(gate_step, settings.after_gate), tuple(pictures), time.perf_counter() - start)
 
 
 def _save(picture: Image, path: Path) -> None:

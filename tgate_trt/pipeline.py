@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgate_trt.after_gate import DEFAULT_AFTER_GATE
 from tgate_trt.backends import EngineLoader, choose_backend, has_engine, runtime_options
 from tgate_trt.bundle import Bundle
 from tgate_trt.components import TEXT_ENCODERS, Compiled, load_compiled, replace_components, restore_components, write_weights
@@ -29,6 +30,7 @@ def load(
     backend: str | None = None,
     device: str | torch.device | None = None,
     guidance: bool | None = None,
+    after_gate: str = DEFAULT_AFTER_GATE,
     threads: int | None = None,
     low_memory: bool = False,
     components: bool = True,
@@ -44,6 +46,8 @@ def load(
         backend: of `tgate_trt.backends.BACKENDS`; the first that the bundle holds and that runs here if None.
         device: ``"cpu"`` or ``"cuda"``; where the backend runs best if None.
         guidance: whether runs use classifier-free guidance; read from the pipeline at each run if None.
+        after_gate: what a guided run does from the gate on: ``"negative"`` is T-GATE; ``"positive"`` keeps the prompt's half;
+            ``"fading"`` keeps that and fades guidance out; see `tgate_trt.after_gate`.
         threads: CPU threads of an engine; one a core if None.
         low_memory: whether to hold one of the denoiser's engines at a time; each is loaded anew in every run.
         components: whether text encoders and the VAE's decoder run as engines too, where the bundle holds them.
@@ -58,21 +62,34 @@ def load(
         BundleError: if the bundle cannot be used.
         InputError: if an argument is impossible.
     """
-    from diffusers import DiffusionPipeline
-
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation, torch_compile=torch_compile)
     engines = _Engines.load(loader, low_memory)
-    dtype = _pipeline_dtype(opened, engines.device)
-    attribute = opened.manifest.model["attribute"]
-    parts = load_compiled(opened, _component_graphs(loader) if components else (), loader.load, dtype)
-    given = {name: part.architecture for name, part in parts.items()} | {attribute: opened.denoiser_on_meta(dtype)}
-    pipeline = DiffusionPipeline.from_pretrained(opened.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    for name, part in parts.items():
-        setattr(pipeline, name, part)
-    _put(pipeline, opened, loader, engines, given[attribute], gate_step, guidance)
+    pipeline = pipeline_of(opened, loader, engines.device, components=components)
+    architecture = getattr(pipeline, opened.manifest.model["attribute"])
+    _put(pipeline, opened, loader, engines, architecture, gate_step, guidance, after_gate)
     _refit_components(pipeline, opened, loras_of(opened), with_engines=False)
     return pipeline.to(engines.device)
+
+
+def pipeline_of(bundle: Bundle, loader: EngineLoader, device: torch.device, *, components: bool) -> Any:
+    """The bundle's pipeline; its denoiser is an architecture without weights, in whose place a `GatedDenoiser` is to be put.
+
+    Args:
+        bundle: that is open.
+        loader: of the components' engines.
+        device: of the pipeline.
+        components: whether text encoders and the VAE's decoder run as engines, where the bundle holds them.
+    """
+    from diffusers import DiffusionPipeline
+
+    dtype = _pipeline_dtype(bundle, device)
+    parts = load_compiled(bundle, _component_graphs(loader) if components else (), loader.load, dtype)
+    given = {name: part.architecture for name, part in parts.items()} | {bundle.manifest.model["attribute"]: bundle.denoiser_on_meta(dtype)}
+    pipeline = DiffusionPipeline.from_pretrained(bundle.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    for name, part in parts.items():
+        setattr(pipeline, name, part)
+    return pipeline
 
 
 def apply(
@@ -83,6 +100,7 @@ def apply(
     backend: str | None = None,
     device: str | torch.device | None = None,
     guidance: bool | None = None,
+    after_gate: str = DEFAULT_AFTER_GATE,
     threads: int | None = None,
     low_memory: bool = False,
     components: bool = False,
@@ -99,6 +117,7 @@ def apply(
         backend: see `load`.
         device: see `load`.
         guidance: see `load`.
+        after_gate: see `load`.
         threads: see `load`.
         low_memory: see `load`.
         components: whether to replace the pipeline's text encoders and VAE too.
@@ -121,7 +140,7 @@ def apply(
         raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
     _refuse_another_model(denoiser, opened)
     loader = _loader(opened, backend, device, threads, cuda_graphs=cuda_graphs, specialisation=specialisation, torch_compile=torch_compile)
-    _put(pipeline, opened, loader, _Engines.load(loader, low_memory), denoiser, gate_step, guidance)
+    _put(pipeline, opened, loader, _Engines.load(loader, low_memory), denoiser, gate_step, guidance, after_gate)
     if components:
         replace_components(pipeline, opened, _component_graphs(loader), loader.load)
     if isinstance(before, GatedDenoiser) and before.serves(pipeline):  # not one that `from_pipe` shares with another pipeline
@@ -239,6 +258,7 @@ def _put(
     replaces: nn.Module,
     gate_step: GateStep | None,
     guidance: bool | None,
+    after_gate: str,
 ) -> None:
     if gate_step is None:
         gate_step = bundle.manifest.gate_step or DEFAULT_GATE_STEP
@@ -249,6 +269,7 @@ def _put(
         engines.fidelity,
         gate_step=check_gate_step(gate_step),
         guidance=guidance,
+        after_gate=after_gate,
         low_memory=engines.low_memory,
     )
     gated.built_from = (bundle, loader.backend)

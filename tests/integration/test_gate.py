@@ -546,13 +546,15 @@ def test_remove_refuses_a_plain_pipeline(own_sd: Any) -> None:
 # Beside the gate
 
 
-@pytest.mark.parametrize(("half", "kept_half"), [("negative", 0), ("positive", 1)])
-def test_guidance_dropped_alone_equals_eager(half: str, kept_half: int, gated: Any, eager: Any, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("after_gate", "kept_half"), [("negative", 0), ("positive", 1)])
+def test_guidance_dropped_alone_equals_eager(
+    after_gate: str, kept_half: int, gated: Any, eager: Any, request: pytest.FixtureRequest
+) -> None:
     """The vanilla graph on both sides of the gate takes no cache: cross-attention goes on, guidance does not."""
     name = "sdxl" if hasattr(gated, "text_encoder_2") else "sd"
     vanilla = load_engine(request.getfixturevalue(f"{name}_bundle"), "vanilla", backend="onnxruntime", threads=1)
     own = gated.unet
-    gated.unet = GatedDenoiser(gated, own.replaces, vanilla, vanilla, gate_step=2, half=half)
+    gated.unet = GatedDenoiser(gated, own.replaces, vanilla, vanilla, gate_step=2, after_gate=after_gate)
     try:
         drawn = draw(gated, Run(TWO))
     finally:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from tgate_trt.after_gate import DEFAULT_AFTER_GATE
 from tgate_trt.backends import EngineLoader, choose_backend
 from tgate_trt.bench.macs import macs_of_picture, macs_of_step
 from tgate_trt.bundle import Bundle
@@ -41,8 +42,8 @@ class Method:
     fidelity: str
     """Graph of the steps from the gate on."""
     gated: bool = True
-    half: str = "negative"
-    """Half of the guidance batch that is kept after the gate."""
+    after_gate: str = DEFAULT_AFTER_GATE
+    """What is kept of the guidance batch after the gate, of `tgate_trt.after_gate.AFTER_GATE`."""
 
     def planning_steps(self, gate: float, steps: int) -> int:
         """Steps before the gate, which stands at a fraction of the steps; without a gate, all of them."""
@@ -54,7 +55,7 @@ class Method:
 
 
 VANILLA = Method("vanilla", "vanilla", "vanilla", gated=False)
-CFG_DROP = Method("cfg-drop", "vanilla", "vanilla", half="positive")
+CFG_DROP = Method("cfg-drop", "vanilla", "vanilla", after_gate="positive")
 TGATE = Method("T-GATE", "planning", "fidelity")
 METHODS = (VANILLA, CFG_DROP, TGATE)
 """From the gate on, cfg-drop leaves out guidance and nothing else: the rest of the saving is T-GATE's own."""
@@ -138,7 +139,7 @@ class Studio:
         """Make the pipeline draw by a method, its gate at a fraction of the steps of each run."""
         planning, fidelity = self.engines(method.planning, method.fidelity)
         gate_step = gate if method.gated else NONE
-        denoiser = GatedDenoiser(self.pipeline, self.architecture, planning, fidelity, gate_step=gate_step, half=method.half)
+        denoiser = GatedDenoiser(self.pipeline, self.architecture, planning, fidelity, gate_step=gate_step, after_gate=method.after_gate)
         setattr(self.pipeline, self.bundle.manifest.model["attribute"], denoiser)
         return denoiser
 

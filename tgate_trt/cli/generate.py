@@ -25,6 +25,9 @@ def generate(
             help="Planning steps: a count, a fraction, or none. May be given several times, to compare. [default: the model's own]"
         ),
     ] = None,
+    after_gate: Annotated[
+        str, typer.Option(help="From the gate on: negative (T-GATE), positive, or fading, which lets guidance fade out.")
+    ] = "negative",
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none. [default: the model's own]")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next have the next seeds.")] = 0,
     scheduler: Annotated[
@@ -49,6 +52,7 @@ def generate(
             negative_prompt=negative_prompt,
             steps=steps,
             gate_steps=tuple(gate_step or ()),
+            after_gate=after_gate,
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
