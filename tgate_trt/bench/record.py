@@ -1,4 +1,4 @@
-"""What was measured, on what and with what, as JSON: a file for each benchmark and model."""
+"""What was measured, on what and with what, as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from typing import Any
 from tgate_trt.bundle import Bundle, replace_file
 from tgate_trt.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the records' form."""
 
-_PREFIX = "cpu-"
 _PACKAGES = ("tgate-trt", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -30,6 +28,7 @@ def environment() -> dict[str, Any]:
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
+            "gpu": _gpu_model(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.machine()}",
             "load_average_before": round(os.getloadavg()[0], 2),
@@ -39,66 +38,57 @@ def environment() -> dict[str, Any]:
     }
 
 
-@dataclass
-class Recorder:
-    """Writes the records of one run of the command."""
+def record_of(
+    what: str, command: str, before: Mapping[str, Any], settings: Mapping[str, Any], results: Any, subject: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One measurement, with all that is needed to judge and to repeat it.
 
-    folder: Path
-    command: str
-    """As it can be typed again."""
-    environment: Mapping[str, Any] = field(default_factory=environment)
-
-    def __post_init__(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror or error}; choose another --output") from error
-
-    def save(
-        self, what: str, subject: Mapping[str, Any], settings: Mapping[str, Any], results: Any, *, complete: bool = True
-    ) -> dict[str, Any]:
-        """Write a record over the one that an earlier round or run left.
-
-        Args:
-            what: was measured: ``"steps"``, ``"pictures"``, ``"scores"`` or ``"build"``.
-            subject: on which model; see `describe`.
-            settings: how.
-            results: plain JSON data.
-            complete: whether this is all that was asked for, and not what a run had until it was cut off.
-        """
-        record = {
-            "schema": SCHEMA,
-            "what": what,
-            "command": self.command,
-            **self.environment,
-            "subject": dict(subject),
-            "settings": dict(settings),
-            "complete": complete,
-            "results": results,
-        }
-        name = "-".join(filter(None, (what, subject["model"], subject.get("variant"))))
-        replace_file(self.folder / f"{_PREFIX}{name}.json", json.dumps(record, indent=2) + "\n")
-        return record
+    Args:
+        what: was measured; decides how it is shown, see `tgate_trt.bench.report`.
+        command: as it can be typed again.
+        before: `environment` at the start.
+        settings: how it was measured.
+        results: plain JSON data.
+        subject: on which bundle; see `describe`.
+    """
+    return {
+        "schema": SCHEMA,
+        "what": what,
+        "command": command,
+        **before,
+        "subject": dict(subject or {}),
+        "settings": dict(settings),
+        "results": results,
+    }
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Every record in a folder, in the order of their names.
+def write(path: Path, text: str) -> None:
+    """Write a file of results, whole or not at all.
 
     Raises:
-        InputError: if a file is no record of this version.
+        InputError: if nothing can be written there.
     """
-    records = []
-    for path in sorted(folder.glob(f"{_PREFIX}*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["schema"] != SCHEMA:
-                raise InputError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}; take it away and measure again")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is no record of a benchmark; take it away and measure again") from error
-        records.append(record)
-    return records
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another file") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record that was written.
+
+    Raises:
+        InputError: if the file is no record of this version.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = found["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record of a benchmark; take it away and measure again") from error
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA}; take it away and measure again")
+    return found
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -110,6 +100,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "content": manifest.model["content"],
         **manifest.built_for,
         "built_with": dict(manifest.built_with),
+        "engines": {
+            backend: {"options": engines.options, "built_with": dict(engines.built_with)} for backend, engines in manifest.engines.items()
+        },
     }
 
 
@@ -117,6 +110,12 @@ def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def _gpu_model() -> str | None:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def _commit() -> str | None:

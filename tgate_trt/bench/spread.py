@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -14,13 +14,9 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
     return {"median": median, "p10": low, "p90": high, "samples": list(samples)}
 
 
-def against(samples: Mapping[str, Sequence[float]], baseline: str) -> dict[str, dict[str, Any]]:
-    """The spread of each row, with that of its ratio to the baseline's sample of the same round.
+def ratios(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """The spread of the ratio to the baseline's sample of the same round.
 
     Machines speed up and slow down over minutes: a ratio within a round sees less of that than one of medians.
     """
-    base = samples[baseline]
-    return {
-        name: {"seconds": spread(row), "ratio": spread([own / other for own, other in zip(row, base, strict=True)])}
-        for name, row in samples.items()
-    }
+    return spread([own / other for own, other in zip(samples, baseline, strict=True)])

@@ -1,95 +1,151 @@
-"""What `python -m tgate_trt.bench` measures: models by parts, every round written when it is done."""
+"""What `tgate-bench` can measure, each as one call that gives a record; see `tgate_trt.bench.report` for their tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tgate_trt.bench import pictures, scores, steps
-from tgate_trt.bench.record import Recorder, describe
-from tgate_trt.bench.studio import SCHEDULER, Studio
-from tgate_trt.bench.subjects import PRESETS, open_bundle, preset_of
-from tgate_trt.bench.tables import Table, tables_of, write_page
-from tgate_trt.demo import GUIDANCE_SCALE
+from tgate_trt import models
+from tgate_trt.bench import build_cost, growth, kernels, macs, probe
+from tgate_trt.bench.measure import Plan, conditions_of, prepare, subject_of
+from tgate_trt.bench.record import describe, environment, record_of
+from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
-from tgate_trt.schedule import planning_steps
 
-logger = logging.getLogger(__name__)
+MACS_OF = ("sd15", "sd21", "sdxl")
+"""Models of the paper's table."""
 
-PARTS = ("steps", "pictures", "scores")
-
-GATE = 10 / 25
-"""Where the gate of the timed pictures stands, as a fraction of the steps: the official code's default for SD models."""
+Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be measured; each field is an option of the command."""
+class QualityPlan:
+    """Pictures that are judged, beside those that are timed."""
 
-    models: tuple[str, ...]
-    parts: tuple[str, ...] = PARTS
-    rounds: int | None = None
-    """The model's own if None."""
-    steps: int = 25
     samples: int = 100
-    threads: int | None = None
-    """CPU threads of an engine; one a core if None."""
-
-    def __post_init__(self) -> None:
-        for part in self.parts:
-            if part not in PARTS:
-                raise InputError(f"--only takes {', '.join(PARTS)}, got {part!r}")
-        for model in self.models:
-            preset_of(model)
-        if not self.parts or not self.models:
-            raise InputError("nothing is left to measure; give --model and --only at least one name each")
-        if self.parts == ("scores",) and not any(model == scores.MODEL or model not in PRESETS for model in self.models):
-            raise InputError(f"scores are read from pictures of {scores.MODEL}, got --model {','.join(self.models)}")
-        planning_steps(GATE, self.steps)
-
-    def rounds_of(self, model: str) -> int:
-        """How often a model's times are taken."""
-        return self.rounds or preset_of(model).rounds
+    clip: Path | None = None
+    """Folder of the CLIP that scores, if any."""
+    inception: Path | None = None
+    """TorchScript file of the Inception that FID is of, if any."""
 
 
-def run(plan: Plan, recorder: Recorder) -> Iterator[Table]:
-    """Measure, and give the tables of each part when it is done.
+def pictures(plan: Plan, quality: QualityPlan | None, command: str) -> Iterator[Record]:
+    """Measure a bundle; see `tgate_trt.bench.measure`.
+
+    Yields:
+        A record after every round, and after what follows them: each holds all that the one before it did.
+    """
+    before = environment()
+    measurement = prepare(plan)
+
+    def record(results: Any, judged: Any = None) -> Record:
+        found = {"settings": results, "quality": judged}
+        return record_of("pictures", command, before, conditions_of(measurement), found, subject_of(measurement))
+
+    with measurement.studio:
+        for results in measurement.run():
+            yield record(results)
+        if quality is not None:
+            judged = measurement.quality(quality.samples, quality.clip, quality.inception)
+            yield record(measurement.results(), judged)
+        else:
+            judged = None
+    if plan.memory:  # in processes of their own, when this one has freed its engines
+        measurement.measure_memory()
+        yield record(measurement.results(), judged)
+
+
+def count_macs(names: Sequence[str], command: str) -> Iterator[Record]:
+    """Count multiply-accumulates and parameters of models, from their cut graphs."""
+    before, found = environment(), []
+    for name in names or MACS_OF:
+        cost = macs.cost_of(name)
+        rows = [dataclasses.asdict(row) | {"deviation": row.deviation} for row in cost.pictures()]
+        parameters = dataclasses.asdict(cost.parameters) | {"without_cross_attention": cost.parameters.without_cross_attention}
+        found.append(dataclasses.asdict(cost) | {"parameters": parameters, "pictures": rows})
+        yield record_of("macs", command, before, {}, list(found))
+
+
+def measure_growth(names: Sequence[str], size: int | None, threads: int | None, command: str) -> Iterator[Record]:
+    """Measure builds and steps from small models to large ones.
+
+    Args:
+        names: of models; `tgate_trt.bench.growth.MODELS` if empty.
+        size: side of the pictures in pixels.
+        threads: of an engine.
+        command: as it can be typed again.
+    """
+    before = environment()
+    for results in growth.measure(tuple(names) or growth.MODELS, size=size, threads=threads):
+        yield record_of("growth", command, before, {"size": size, "threads": threads}, results)
+
+
+def measure_build(model: str, precision: str, engines: build_cost.Engines, size: int | None, command: str) -> Iterator[Record]:
+    """Measure one build with random weights: time by stage, memory, and bytes on disk. The bundle is deleted."""
+    name, before = models.resolve(model, random_weights=True).name, environment()
+    folder = Path("bundles") / f"build-{name}-{precision}-{engines.name}"
+    results = build_cost.measure(model, precision, folder, engines, size=size)
+    subject = {"model": name, "precision": precision, "random_weights": True, "variant": engines.name}
+    yield record_of("build", command, before, {}, results, subject)
+
+
+def measure_kernels(bundle: Path | None, rounds: int, command: str) -> Iterator[Record]:
+    """Time the kernels where there is a GPU, what fusion saves of a bundle's fidelity step, and what the compiler says.
+
+    Args:
+        bundle: whose fidelity step is timed in PyTorch; none if None.
+        rounds: how often times are taken.
+        command: as it can be typed again.
+    """
+    before, device = environment(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = Bundle.open(bundle) if bundle else None
+    results: dict[str, Any] = {"cases": [], "fusion": None, "resources": kernels.resources()}
+    subject = describe(opened) if opened else {}
+
+    def record() -> Record:
+        return record_of("kernels", command, before, {"rounds": rounds, "device": str(device)}, dict(results), subject)
+
+    if opened:
+        results["fusion"] = kernels.fusion(opened, rounds, device)
+    yield record()
+    if device.type == "cuda":
+        for cases in kernels.measure(rounds):
+            results["cases"] = list(cases)
+            yield record()
+
+
+def probe_tensorrt(command: str) -> Iterator[Record]:
+    """Try each TensorRT, for this GPU and for each that it knows."""
+    before = environment()
+    yield record_of("probe", command, before, {}, probe.probe())
+
+
+_ARGUMENTS = {
+    "pictures": (1, 1, "the folder of a bundle"),
+    "macs": (0, None, "models"),
+    "growth": (0, None, "models"),
+    "build": (1, 1, "one model"),
+    "kernels": (0, 1, "the folder of a bundle, or nothing"),
+    "probe": (0, 0, "nothing"),
+}
+"""How many arguments each mode takes, at least and at most, and what they are."""
+
+
+def mode_of(modes: Sequence[str], targets: Sequence[str]) -> str:
+    """The one measurement that is asked for: a bundle's pictures if none is named.
 
     Raises:
-        InputError: if a model cannot be built.
-        BundleError: if a bundle cannot be used.
+        InputError: if several are, or the arguments are not such as it takes.
     """
-    for model in plan.models:
-        with Studio(open_bundle(model), plan.threads) as studio:
-            for part in plan.parts:
-                if part != "scores" or studio.bundle.manifest.model["name"] == scores.MODEL:
-                    yield from _measure(part, studio, plan, plan.rounds_of(model), recorder)
-
-
-def _measure(part: str, studio: Studio, plan: Plan, rounds: int, recorder: Recorder) -> Iterator[Table]:
-    """Measure one part, and write what there is after each of its rounds."""
-    subject = describe(studio.bundle)
-    settings, results, total = _prepare(part, studio, plan, rounds)
-    logger.info("%s of %s, %d rounds …", part, subject["model"], total)
-    for number, result in enumerate(results, start=1):
-        record = recorder.save(part, subject, settings | {"rounds_done": number}, result, complete=number == total)
-        write_page(recorder.folder)
-        logger.info("%s of %s: %d of %d", part, subject["model"], number, total)
-    yield from tables_of(record)
-
-
-def _prepare(part: str, studio: Studio, plan: Plan, rounds: int) -> tuple[dict[str, Any], Iterator[dict[str, Any]], int]:
-    """Settings, results after each round, and the number of rounds, of one part."""
-    common: dict[str, Any] = {"threads": plan.threads or "one a core", "pytorch_threads": torch.get_num_threads(), "backend": "onnxruntime"}
-    if part == "steps":
-        return common | {"rounds": rounds, "least_seconds": steps.LEAST_SECONDS}, steps.measure(studio, rounds), rounds
-    common |= {"steps": plan.steps, "scheduler": SCHEDULER}
-    if part == "pictures":
-        settings = common | {"rounds": rounds, "gate": GATE, "prompt": pictures.PROMPT, "guidance_scale": pictures.GUIDANCE_SCALE}
-        return settings, pictures.measure(studio, rounds, gate=GATE, steps=plan.steps), rounds
-    settings = common | {"samples": plan.samples, "seed": scores.SEED, "guidance_scale": GUIDANCE_SCALE}
-    return settings | {"batch_size": scores.BATCH_SIZE}, scores.measure(studio, samples=plan.samples, steps=plan.steps), len(scores.GATES)
+    if len(modes) > 1:
+        raise InputError(f"one measurement at a time, got {' '.join(f'--{mode}' for mode in modes)}")
+    mode = modes[0] if modes else "pictures"
+    least, most, what = _ARGUMENTS[mode]
+    if len(targets) < least or (most is not None and len(targets) > most):
+        command = "tgate-bench" if mode == "pictures" else f"tgate-bench --{mode}"
+        raise InputError(f"{command} takes {what}, got {' '.join(targets) or 'nothing'}; see tgate-bench --help")
+    return mode

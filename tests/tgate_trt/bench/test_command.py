@@ -1,0 +1,190 @@
+"""`tgate-bench` from end to end on tiny models. That a figure is good is never asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import tgate_trt
+from tgate_trt.bench import record as files
+from tgate_trt.bench import report
+from tgate_trt.bench.contenders import PARTS, Conditions, Studio
+from tgate_trt.bench.measure import refuse_unfair
+from tgate_trt.bench.memory import peak_memory
+from tgate_trt.bench.settings import EAGER, TGATE, Setting
+from tgate_trt.bundle import Bundle, EngineSet
+from tgate_trt.cli.bench import app
+from tgate_trt.errors import InputError, StaleBundleError
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle without the vanilla graph, which a measurement adds."""
+    folder = tmp_path_factory.mktemp("bundles") / "tiny-sd"
+    tgate_trt.build(tiny_sd, folder, backend=["onnxruntime", "pytorch"], verify=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """One run over two backends and PyTorch beside them: the record, the folder of its files, what was printed."""
+    folder = tmp_path_factory.mktemp("results")
+    done = run(
+        *(bundle, "--gate-step", "1,0.5", "--after-gate", "negative,positive", "--backend", "onnxruntime,pytorch"),
+        *("--beside", "official", "--steps", "4", "--rounds", "2", "--quality", "--samples", "2", "--scheduler", "ddim", "--no-memory"),
+        *("--json", folder / "a.json", "--markdown", folder / "a.md", "--plot", folder / "a.png"),
+    )
+    assert done.exit_code == 0, done.output
+    return files.read(folder / "a.json"), folder, done.output
+
+
+OURS = ("vanilla", "cfg-drop g=1", "cfg-drop g=2", "T-GATE g=1", "T-GATE g=1 positive", "T-GATE g=2", "T-GATE g=2 positive")
+
+
+def test_every_setting_is_measured(measured: tuple[dict[str, Any], Path, str]) -> None:
+    settings = measured[0]["results"]["settings"]
+    expected = [f"{name}, {backend}" for backend in ("onnxruntime", "pytorch") for name in OURS]
+    assert list(settings) == [*expected, "diffusers", "official tgate g=1", "official tgate g=2"]
+    for name, row in settings.items():
+        assert len(row["seconds"]["samples"]) == 2, name
+        assert sum(row["parts"][part]["samples"][0] for part in PARTS) == pytest.approx(row["seconds"]["samples"][0])
+        assert 0 < row["outside"]["median"] < row["seconds"]["median"]
+        assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["median"])
+        assert row["memory"] is None
+
+
+def test_the_gate_is_where_it_was_put(measured: tuple[dict[str, Any], Path, str]) -> None:
+    settings = measured[0]["results"]["settings"]
+
+    def calls(name: str) -> tuple[int, int]:
+        found = settings[name]["calls"]
+        return found.get("planning step", 0), found.get("fidelity step", 0)
+
+    for backend in ("onnxruntime", "pytorch"):
+        assert calls(f"vanilla, {backend}") == (4, 0)
+        assert calls(f"cfg-drop g=1, {backend}") == calls(f"T-GATE g=1, {backend}") == (1, 3)
+        assert calls(f"T-GATE g=2 positive, {backend}") == (2, 2)
+    assert calls("diffusers") == (4, 0)
+    assert calls("official tgate g=1") == (1, 3)
+    assert calls("official tgate g=2") == (2, 2)
+
+
+def test_ratios_are_to_the_own_vanilla_and_bounds_are_of_work(measured: tuple[dict[str, Any], Path, str]) -> None:
+    settings = measured[0]["results"]["settings"]
+    for name in ("vanilla, onnxruntime", "vanilla, pytorch", "diffusers"):
+        assert settings[name]["baseline"] == name
+        assert settings[name]["ratio"]["samples"] == [1.0, 1.0]
+        assert settings[name]["bound"] == {"linear": 1.0, "with_sdpa": 1.0}
+    assert settings["cfg-drop g=2, pytorch"]["bound"]["linear"] == pytest.approx(3 / 4)
+    bounds = [settings[name]["bound"] for name in ("T-GATE g=2, onnxruntime", "T-GATE g=2 positive, pytorch", "official tgate g=2")]
+    assert bounds[0] == bounds[1] == bounds[2]
+    assert bounds[0]["linear"] < 3 / 4
+    ours = settings["T-GATE g=1, pytorch"]
+    vanilla = settings["vanilla, pytorch"]["seconds"]["samples"]
+    assert ours["ratio"]["samples"] == pytest.approx([a / b for a, b in zip(ours["seconds"]["samples"], vanilla, strict=True)])
+
+
+def test_the_backends_draw_the_same_pictures_and_settings_do_not(measured: tuple[dict[str, Any], Path, str]) -> None:
+    quality = measured[0]["results"]["quality"]
+    assert list(quality) == [f"{name}, {backend}" for backend in ("onnxruntime", "pytorch") for name in OURS]
+    assert quality["vanilla, onnxruntime"]["likeness"] is None
+    assert quality["vanilla, pytorch"]["likeness"]["ssim"]["value"] > 0.999
+    gated = [quality[f"T-GATE g=1{mode}, onnxruntime"]["likeness"] for mode in ("", " positive")]
+    assert all(likeness["identical"] == 0 for likeness in gated)
+    assert gated[0] != gated[1]
+
+
+def test_what_is_written_is_what_is_shown(measured: tuple[dict[str, Any], Path, str]) -> None:
+    record, folder, output = measured
+    page = (folder / "a.md").read_text(encoding="utf-8")
+    tables = report.tables_of(record)
+    assert [table.title.partition(":")[0] for table in tables] == ["One picture, 4 steps", "Where the time goes, medians", "Quality"]
+    for table in tables:
+        assert table.title in output
+        assert table.markdown() in page
+    assert "**Not the same engine**: onnxruntime fp32, pytorch fp32, PyTorch float32" in page
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert record["settings"]["scheduler"] == "ddim"
+    assert record["subject"]["model"] == "tiny-sd"
+    assert {"cpu", "cores", "gpu", "memory_bytes", "load_average_before"} <= record["machine"].keys()
+    assert {"commit", "command", "date", "versions"} <= record.keys()
+
+
+def test_the_vanilla_graph_is_kept(measured: tuple[dict[str, Any], Path, str], bundle: Path) -> None:
+    assert set(Bundle.open(bundle).manifest.graphs) >= {"vanilla", "planning", "fidelity"}
+
+
+def test_engines_of_other_versions_are_not_compared(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    engines = {"tensorrt-rtx": EngineSet(files={"planning": "planning.tensorrt-rtx.plan"}, built_with={"tensorrt-rtx": "0.1"})}
+    refuse_unfair(opened, ["onnxruntime", "pytorch"])
+    with pytest.raises(StaleBundleError, match=r"a comparison would not be fair: tensorrt-rtx was 0\.1 and is"):
+        refuse_unfair(dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, engines=engines)), ["tensorrt-rtx"])
+
+
+@pytest.mark.parametrize("setting", [Setting(TGATE, "onnxruntime", 1), Setting(EAGER)], ids=["engines", "diffusers"])
+def test_memory_is_that_of_a_process_of_its_own(bundle: Path, setting: Setting) -> None:
+    studio = Studio(Bundle.open(bundle), torch.device("cpu"), Conditions(steps=4, guidance_scale=None, scheduler=None))
+    found = peak_memory(studio, setting, "a red circle")
+    assert found.keys() == {"host", "gpu"}
+    assert 50e6 < found["host"] < 5e9, "PyTorch and a tiny model"
+    assert (found["gpu"] > 0) == torch.cuda.is_available()
+
+
+def test_what_compilers_say_needs_no_gpu(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = run("--kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
+    assert done.exit_code == 0, done.output
+    results = files.read(tmp_path / "kernels.json")["results"]
+    assert {row["spilled_bytes"] for row in results["resources"]} == {0}
+    assert results["fusion"]["ratio"]["median"] > 0
+
+
+@pytest.fixture
+def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The one sentence of a command that fails."""
+    monkeypatch.chdir(tmp_path)
+
+    def failed(*arguments: str | Path) -> str:
+        done = run(*arguments)
+        assert done.exit_code == 1, done.output
+        (line,) = done.output.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return failed
+
+
+def test_mistakes_are_told_in_one_sentence(error_of: Callable[..., str], bundle: Path) -> None:
+    assert "takes the folder of a bundle, got nothing" in error_of()
+    assert "there is no such folder" in error_of("nothing")
+    assert "one measurement at a time, got --macs --probe" in error_of("--macs", "--probe")
+    assert "tgate-bench --build takes one model, got sd15 sd21" in error_of("--build", "sd15", "sd21")
+    assert "there is no figure of --macs" in error_of("--macs", "--plot", "a.png")
+    assert "--plot" in error_of("--probe", "--plot", "a.png")
+    assert "a figure is a file of .png, .svg, .pdf" in error_of(bundle, "--plot", "a.gif")
+    assert "gate_step=9 is more than the 4 steps" in error_of(bundle, "--gate-step", "9", "--steps", "4")
+    assert "--after-gate takes negative, positive, fading, got 'x'" in error_of(bundle, "--after-gate", "x")
+    assert "--rounds must be at least 1, got 0" in error_of(bundle, "--rounds", "0")
+    assert "there is no backend 'abacus'" in error_of(bundle, "--backend", "abacus")
+    assert "there is no scheduler 'x'" in error_of(bundle, "--scheduler", "x")
+    assert "got 'nothing'" in error_of("--macs", "nothing")
+
+
+def test_a_foreign_file_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.json is no record"):
+        files.read(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"schema": 1}', encoding="utf-8")
+    with pytest.raises(InputError, match="has schema 1, this version reads 2"):
+        files.read(tmp_path / "a.json")

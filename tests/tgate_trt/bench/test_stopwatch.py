@@ -1,0 +1,49 @@
+"""Parts of a run: one clock at a time, and their sum is the whole."""
+
+from __future__ import annotations
+
+import time
+
+from tgate_trt.bench.spread import ratios, spread
+from tgate_trt.bench.stopwatch import Stopwatch
+
+
+def test_a_part_stands_still_while_another_runs_inside_it() -> None:
+    watch = Stopwatch()
+    before = time.perf_counter()
+    with watch.time("outer"):
+        time.sleep(0.01)
+        with watch.time("inner"):
+            time.sleep(0.05)
+    whole, seconds = time.perf_counter() - before, watch.seconds()
+    assert seconds["inner"] >= 0.05
+    assert 0.01 <= seconds["outer"] <= whole - seconds["inner"]
+    assert watch.calls == {"outer": 1, "inner": 1}
+
+
+def test_what_is_between_parts_is_of_none() -> None:
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch.time("part"):
+            pass
+        time.sleep(0.05)
+    assert watch.seconds()["part"] < 0.05
+    assert watch.calls["part"] == 2
+
+
+def test_watching_ends_with_its_block() -> None:
+    class Clerk:
+        def add(self, a: int, b: int) -> int:
+            return a + b
+
+    clerk, watch = Clerk(), Stopwatch()
+    with watch.watching(clerk, "add", "sums"):
+        assert clerk.add(1, b=2) == 3
+    assert clerk.add(2, 2) == 4
+    assert watch.calls == {"sums": 1}
+    assert vars(clerk) == {}
+
+
+def test_a_ratio_is_taken_within_a_round() -> None:
+    assert ratios([0.5, 5.0, 1.0], [1.0, 10.0, 2.0]) == {"median": 0.5, "p10": 0.5, "p90": 0.5, "samples": [0.5, 0.5, 0.5]}
+    assert spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0, "samples": [3.0]}

@@ -1,0 +1,251 @@
+"""The kernels on this machine's GPU: bandwidth against a plain copy, against PyTorch eager and compiled; and what compilers say of them.
+
+Times are of many launches in one CUDA graph, over sets of inputs that together exceed the GPU's cache several times, so that
+every byte comes from memory. Percentages are of a copy of as many bytes, timed the same way in the same round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgate_trt.bench.spread import ratios, spread
+from tgate_trt.bench.stopwatch import Stopwatch
+from tgate_trt.bundle import Bundle
+from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
+from tgate_trt.errors import UnsupportedError
+from tgate_trt.export.verify import random_inputs
+from tgate_trt.export.weights import WEIGHTS_FILE
+from tgate_trt.kernels import ahead_of_time, cached_residual_layer_norm, hand_off
+from tgate_trt.kernels.language import HAS_TRITON
+from tgate_trt.specs import ROWS
+from tgate_trt.taps import recipe
+
+EPSILON = 1e-5
+DTYPE = torch.float16
+
+SHAPES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
+    "sdxl": ((10, 4096, 640), (60, 1024, 1280)),
+    "sd15": ((5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280)),
+    "pixart-alpha": ((28, 4096, 1152),),
+}
+"""Taps of a picture at native size: how many, tokens and width."""
+
+_LEAST_BYTES = 400 << 20
+"""Of all sets of inputs together: several times the 50 MB of the largest cache."""
+_LAUNCHES = 50
+"""In one CUDA graph, at least."""
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is timed: functions to compare, and the bytes that the best of them must move."""
+
+    kernel: str
+    what: str
+    bytes_moved: int
+    ways: Mapping[str, Sequence[Callable[[], object]]]
+    """By name, a call for each set of inputs; ``copy`` is what percentages are of, ``kernel`` is ours."""
+
+
+def resources() -> list[dict[str, Any]]:
+    """What the compiler says of each kernel for every GPU of `ahead_of_time.TARGETS`; needs no GPU.
+
+    Raises:
+        UnsupportedError: if Triton is not installed.
+    """
+    rows = []
+    for capability in ahead_of_time.TARGETS:
+        wanted = {
+            f"cached_residual_layer_norm, {width}": ahead_of_time.cached_residual_layer_norm(width, DTYPE, EPSILON)
+            for width in cached_residual_layer_norm.TUNED
+        }
+        wanted |= {"hand_off": ahead_of_time.hand_off_of(DTYPE, True)}
+        for name, specialisation in wanted.items():
+            compiled = ahead_of_time.compile_kernel(specialisation, capability)
+            rows.append(
+                {
+                    "kernel": name,
+                    "capability": capability,
+                    "registers": compiled.registers,
+                    "shared_bytes": compiled.shared_bytes,
+                    "spilled_bytes": compiled.spilled_bytes,
+                    "warps": compiled.warps,
+                }
+            )
+    return rows
+
+
+def measure(rounds: int, models: Sequence[str] = tuple(SHAPES)) -> Iterator[list[dict[str, Any]]]:
+    """Time every case, all of its ways in each round.
+
+    Args:
+        rounds: how often.
+        models: of `SHAPES`.
+
+    Yields:
+        After each case, the results of all cases so far: for each its ``kernel``, ``what``, ``bytes_moved``, and by way the
+        ``seconds`` of a call, ``gigabytes_per_second`` and ``of_copy``, each with its spread.
+
+    Raises:
+        UnsupportedError: if there is no GPU, or no Triton.
+    """
+    if not torch.cuda.is_available() or not HAS_TRITON:
+        raise UnsupportedError("timing the kernels needs an NVIDIA GPU and Triton; what compilers say of them is told without")
+    results = []
+    for case in _cases(models):
+        graphs = {name: _captured(calls) for name, calls in case.ways.items()}
+        samples: dict[str, list[float]] = {name: [] for name in graphs}
+        for number in range(rounds):
+            for name in graphs if number % 2 == 0 else reversed(list(graphs)):
+                samples[name].append(_time(*graphs[name]))
+        results.append(_result(case, samples))
+        yield results
+
+
+def _result(case: Case, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    ways = {
+        name: {
+            "seconds": spread(row),
+            "gigabytes_per_second": spread([case.bytes_moved / seconds / 1e9 for seconds in row]),
+            "of_copy": spread([copy / own for own, copy in zip(row, samples["copy"], strict=True)]),
+        }
+        for name, row in samples.items()
+    }
+    return {"kernel": case.kernel, "what": case.what, "bytes_moved": case.bytes_moved, "ways": ways}
+
+
+def _cases(models: Sequence[str]) -> Iterator[Case]:
+    for model in models:
+        for batch in (1, 4):
+            for tokens, width in dict.fromkeys(shape[1:] for shape in SHAPES[model]):
+                yield _norm(model, batch, tokens, width)
+            yield _hand_off(model, batch)
+
+
+def _norm(model: str, batch: int, tokens: int, width: int) -> Case:
+    """The reuse of one cache: two tensors read, two written."""
+    shape = (batch, tokens, width)
+    weight, bias = torch.randn(2, width, device="cuda").to(DTYPE)
+    moved = 4 * batch * tokens * width * DTYPE.itemsize
+    sets = [torch.randn(4, *shape, device="cuda").to(DTYPE) for _ in range(_sets(moved))]
+
+    def unfused(hidden: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        residual = hidden + cache
+        return residual, torch.nn.functional.layer_norm(residual, (width,), weight, bias, EPSILON)
+
+    compiled = torch.compile(unfused, dynamic=False)
+
+    def ours(tensors: Tensor) -> None:
+        hidden, cache, residual, normed = tensors
+        cached_residual_layer_norm.launch(hidden, cache, weight, bias, EPSILON, residual, normed)
+
+    ways: dict[str, Sequence[Callable[[], object]]] = {
+        "copy": [lambda each=each: each[2:].copy_(each[:2]) for each in sets],  # type: ignore[misc]
+        "kernel": [lambda each=each: ours(each) for each in sets],  # type: ignore[misc]
+        "eager": [lambda each=each: unfused(each[0], each[1]) for each in sets],  # type: ignore[misc]
+        "torch.compile": [lambda each=each: compiled(each[0], each[1]) for each in sets],  # type: ignore[misc]
+    }
+    return Case("cached_residual_layer_norm", f"{model}, batch {batch}, {tokens}×{width}", moved, ways)
+
+
+def _hand_off(model: str, batch: int) -> Case:
+    """All taps of a step: two halves read, their mean written."""
+    shapes = [(batch, tokens, width) for count, tokens, width in SHAPES[model] for _ in range(count)]
+
+    def make() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        outputs = {str(place): torch.randn(2 * rows, *rest, device="cuda").to(DTYPE) for place, (rows, *rest) in enumerate(shapes)}
+        return outputs, {name: torch.empty_like(output[: len(output) // 2]) for name, output in outputs.items()}
+
+    first = make()
+    moved = sum(tensor.nbytes for part in first for tensor in part.values())
+    sets = [first, *(make() for _ in range(_sets(moved) - 1))]
+
+    def one_by_one(outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> None:
+        hand_off.reference(outputs, caches)
+
+    def means(outputs: list[Tensor]) -> list[Tensor]:
+        return [torch.lerp(*output.chunk(2), 0.5) for output in outputs]
+
+    compiled = torch.compile(means, dynamic=False)
+    half = [torch.randn(moved // 2 // DTYPE.itemsize, device="cuda").to(DTYPE) for _ in sets]
+    copies = [torch.empty_like(each) for each in half]
+    handed = [hand_off.HandOff(*each) for each in sets]
+    ways: dict[str, Sequence[Callable[[], object]]] = {
+        "copy": [lambda pair=pair: pair[1].copy_(pair[0]) for pair in zip(half, copies, strict=True)],  # type: ignore[misc]
+        "kernel": [each.run for each in handed],
+        "eager": [lambda each=each: one_by_one(*each) for each in sets],  # type: ignore[misc]
+        "torch.compile": [lambda each=each: compiled(list(each[0].values())) for each in sets],  # type: ignore[misc]
+    }
+    return Case("hand_off", f"{model}, batch {batch}, {len(shapes)} taps", moved, ways)
+
+
+def _sets(moved: int) -> int:
+    """How many sets of inputs exceed the cache together."""
+    return max(1, -(-_LEAST_BYTES // moved))
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> tuple[Any, int]:
+    """A CUDA graph of calls in turn, and how many there are."""
+    for _ in range(_WARM_UP):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    turns = max(1, -(-_LAUNCHES // len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            for call in calls:
+                call()
+    graph.replay()
+    return graph, turns * len(calls)
+
+
+def _time(graph: Any, calls: int) -> float:
+    """Seconds of one call, by the GPU's clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / calls
+
+
+def fusion(bundle: Bundle, rounds: int, device: torch.device) -> dict[str, Any]:
+    """What the fused reuse of the cache saves of a whole fidelity step of one picture, run by PyTorch.
+
+    Args:
+        bundle: that holds its weights.
+        rounds: how often.
+        device: where the step runs.
+
+    Returns:
+        ``fused`` and ``unfused``, the seconds of a step, and their ``ratio``, each with its spread.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(bundle.folder / WEIGHTS_FILE, device=str(device))
+    dtype = next(iter(weights.values())).dtype
+    spec = bundle.graph("fidelity")
+    inputs = {name: value.to(device) for name, value in random_inputs(spec.inputs, 1, torch.Generator().manual_seed(0)).items()}
+    outputs = {"noise_pred": torch.empty(spec.outputs[0].concrete(**{ROWS: 1}), dtype=dtype, device=device)}
+    engines = {
+        name: PyTorchEngine(
+            bundle.denoiser_on_meta(dtype), weights, spec, recipe("fidelity"), device, PyTorchOptions(fuse_cache_reuse=name == "fused")
+        )
+        for name in ("fused", "unfused")
+    }
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(-_WARM_UP, rounds):
+        for name in engines if number % 2 == 0 else reversed(list(engines)):
+            watch = Stopwatch(device)
+            with watch.time(name):
+                engines[name].run(inputs, outputs)
+            if number >= 0:
+                samples[name].append(watch.seconds()[name])
+    return {name: spread(row) for name, row in samples.items()} | {"ratio": ratios(samples["fused"], samples["unfused"])}
