@@ -158,8 +158,9 @@ def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     def failed(*arguments: str | Path) -> str:
         done = run(*arguments)
         assert done.exit_code == 1, done.output
-        (line,) = done.output.splitlines()
+        *_, line = done.output.splitlines()
         assert line.startswith("error: ")
+        assert "Traceback" not in done.output
         return line
 
     return failed
