@@ -9,13 +9,14 @@ export PYTHONSAFEPATH := 1
 
 DEMO_BUNDLE := bundles/shapes-64x64-fp32
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench bench-demo bench-sd15 bench-models bench-gpu clean
 
 help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
 	@echo "make test    run the whole suite"
 	@echo "make check   ruff and mypy --strict"
-	@echo "make bench   measure on this machine, into docs/results/"
+	@echo "make bench   measure on this machine, into docs/results/ (an hour or two on two cores)"
+	@echo "make bench-gpu   the same on a machine with an NVIDIA GPU, its tests first"
 	@echo "make clean   remove what the others made"
 
 setup: $(READY)
@@ -67,8 +68,48 @@ MEND_STUBS := 's/\bin: /in_: /; s/(channel_axis: [a-zA-Z_.]+)(\) -> IScaleLayer)
 	sed -i -E $(MEND_STUBS) $@/tensorrt_rtx_bindings/tensorrt_rtx.pyi
 	printf 'from tensorrt_rtx_bindings.tensorrt_rtx import *\n__version__: str\n' > $@/tensorrt/__init__.pyi
 
-bench: $(READY)
-	$(BIN)/python -m tgate_trt.bench
+# Each file of results names the command that made it. `bench-demo` takes minutes, the others the better part of an hour each.
+bench: bench-demo bench-models bench-sd15
+
+RESULTS := docs/results
+results = --json $(RESULTS)/$(1).json --markdown $(RESULTS)/$(1).md
+EVERY_GRAPH := --graphs vanilla,planning,fidelity --backend onnxruntime --backend pytorch
+
+bench-demo: $(READY)
+	$(BIN)/tgate-build --model shapes --output bundles/bench-shapes $(EVERY_GRAPH)
+	$(BIN)/tgate-bench bundles/bench-shapes --gate-step 10 --backend onnxruntime,pytorch --beside eager,compile,official --rounds 15 \
+	  $(call results,bench-shapes) --plot $(RESULTS)/bench-shapes.png
+	$(BIN)/tgate-bench bundles/bench-shapes --backend onnxruntime --gate-step 3,5,10,15 --after-gate negative,positive,fading --rounds 5 \
+	  --quality --samples 102 $(call results,after-gate-shapes) --plot $(RESULTS)/after-gate-shapes.png
+	$(BIN)/tgate-analyze bundles/bench-shapes --backend onnxruntime --json $(RESULTS)/analysis-shapes.json --plot $(RESULTS)/analysis-shapes.png
+	$(BIN)/tgate-bench --kernels bundles/bench-shapes $(call results,kernels)
+	$(BIN)/tgate-bench --probe $(call results,probe)
+
+bench-models: $(READY)
+	$(BIN)/tgate-bench --macs $(call results,macs)
+	$(BIN)/tgate-bench --growth $(call results,growth) --plot $(RESULTS)/growth.png
+
+bench-sd15: $(READY)
+	$(BIN)/tgate-build --model sd15 --random-weights --height 256 --width 256 --output bundles/bench-sd15 $(EVERY_GRAPH) --no-verify
+	$(BIN)/tgate-bench bundles/bench-sd15 --backend onnxruntime --gate-step 5,10 --beside official --rounds 3 \
+	  $(call results,bench-sd15) --plot $(RESULTS)/bench-sd15.png
+
+# Where Python has the packages already and no network is to be had: `make bench-gpu READY= BIN=FOLDER_OF_ITS_COMMANDS`.
+GPU_MODELS   ?= sd15 sdxl
+GPU_BACKENDS ?= pytorch
+SANITIZER    := $(shell command -v compute-sanitizer)
+
+bench-gpu: $(READY)
+	$(BIN)/tgate-bench --probe $(call results,gpu-probe)
+	$(BIN)/pytest -m gpu -rs
+	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 1 $(BIN)/pytest -m gpu tests/kernels,@echo "compute-sanitizer is not here: not run")
+	for model in $(GPU_MODELS); do \
+	  $(BIN)/tgate-build --model $$model --random-weights --precision fp16 --no-verify --output bundles/gpu-$$model \
+	    --graphs vanilla,planning,fidelity $(addprefix --backend ,$(GPU_BACKENDS)) && \
+	  $(BIN)/tgate-bench bundles/gpu-$$model --gate-step 5,10 --beside eager,official --rounds 10 $(call results,gpu-$$model) \
+	    --plot $(RESULTS)/gpu-$$model.png && \
+	  $(BIN)/tgate-bench --kernels bundles/gpu-$$model --rounds 20 $(call results,gpu-kernels-$$model) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .typing bundles pictures build *.egg-info
