@@ -19,10 +19,10 @@ from tgate_trt.analysis.convergence import Convergence
 from tgate_trt.analysis.outcomes import DISTANCE, Series
 from tgate_trt.analysis.subject import Sampling, Subject, check_weights
 from tgate_trt.analysis.suggestion import Suggestion, suggest
-from tgate_trt.bench.record import describe, environment
 from tgate_trt.builder import build
 from tgate_trt.bundle import MANIFEST, Bundle, replace_file
 from tgate_trt.errors import InputError
+from tgate_trt.record import describe, environment
 from tgate_trt.schedule import DEFAULT_GATE_STEP, planning_steps
 from tgate_trt.taps import CROSS_ATTENTION
 

@@ -24,12 +24,12 @@ from tgate_trt import children, models
 from tgate_trt.backends import ONNXRUNTIME, load_engine
 from tgate_trt.bench import build_cost
 from tgate_trt.bench.macs import macs_of_graph, rows_of_step
-from tgate_trt.bench.record import environment
 from tgate_trt.bench.spread import spread
 from tgate_trt.bundle import Bundle, replace_file, replacing
 from tgate_trt.errors import InputError
 from tgate_trt.export.verify import random_inputs
 from tgate_trt.models import ModelSource
+from tgate_trt.record import environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

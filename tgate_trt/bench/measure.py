@@ -20,7 +20,6 @@ from tgate_trt.backends import choose_backend
 from tgate_trt.bench.contenders import FIDELITY, HAND_OFF, OUTSIDE, PARTS, PLANNING, Conditions, Contender, Studio
 from tgate_trt.bench.memory import available, peak_memory
 from tgate_trt.bench.quality import draw, quality
-from tgate_trt.bench.record import describe
 from tgate_trt.bench.settings import Setting, settings_of
 from tgate_trt.bench.spread import ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
@@ -28,6 +27,7 @@ from tgate_trt.builder import add_graph
 from tgate_trt.bundle import Bundle
 from tgate_trt.demo.dataset import Captioned, examples
 from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.record import describe
 from tgate_trt.schedule import DEFAULT_GATE_STEP
 
 logger = logging.getLogger(__name__)

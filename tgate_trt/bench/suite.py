@@ -12,9 +12,9 @@ import torch
 from tgate_trt import models
 from tgate_trt.bench import build_cost, growth, kernels, macs, probe
 from tgate_trt.bench.measure import Plan, conditions_of, prepare, subject_of
-from tgate_trt.bench.record import describe, environment, record_of
 from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
+from tgate_trt.record import describe, environment, record_of
 
 MACS_OF = ("sd15", "sd21", "sdxl")
 """Models of the paper's table."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tgate_trt.bench import build_cost, report
-from tgate_trt.bench.record import environment, record_of
 from tgate_trt.bundle import STAMPS, Bundle
 from tgate_trt.errors import InputError
+from tgate_trt.record import environment, record_of
 
 
 def test_stages_are_read_from_the_log() -> None:

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tgate_trt
-from tgate_trt.bench import record as files
+from tgate_trt import record as files
 from tgate_trt.bench import report
 from tgate_trt.bench.contenders import PARTS, Conditions, Studio
 from tgate_trt.bench.measure import refuse_unfair

@@ -1,4 +1,4 @@
-"""What was measured, on what and with what, as JSON."""
+"""Results of measurements: what was measured, on what and with what, as JSON."""
 
 from __future__ import annotations
 
