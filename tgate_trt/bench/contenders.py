@@ -198,6 +198,8 @@ class _Ours:
     def __init__(self, studio: Studio, setting: Setting) -> None:
         self.studio, self.setting = studio, setting
         self._denoiser: GatedDenoiser | None = None
+        self._engines: list[Watched] = []
+        """Its engines, with their clocks."""
 
     @property
     def engine(self) -> str:
@@ -216,7 +218,7 @@ class _Ours:
         denoiser = getattr(pipeline, self.studio.attribute)
         denoiser.gate_step = self.studio.gate_step(self.setting, steps)
         call = _Call(pipeline, pipeline, self.studio, prompts, seeds, steps)
-        for engine in (denoiser.planning, denoiser.fidelity):
+        for engine in self._engines:
             engine.watch = watch
         if watch is None:
             return call()
@@ -227,13 +229,11 @@ class _Ours:
         """This setting's denoiser; a new one where its engines have been loaded anew."""
         graphs, backend = self.setting.graphs, str(self.setting.backend)
         engines = [self.studio.engine(backend, graph, graphs) for graph in graphs]
-        before = self._denoiser
-        if before is not None and [before.planning.engine, before.fidelity.engine] == engines:
-            return before
-        watched = (Watched(engine, part) for engine, part in zip(engines, (PLANNING, FIDELITY), strict=True))
-        self._denoiser = GatedDenoiser(
-            pipeline, self.studio.architecture, *watched, gate_step=self.setting.gate_step, after_gate=self.setting.after_gate
-        )
+        if self._denoiser is None or [watched.engine for watched in self._engines] != engines:
+            self._engines = [Watched(engine, part) for engine, part in zip(engines, (PLANNING, FIDELITY), strict=True)]
+            self._denoiser = GatedDenoiser(
+                pipeline, self.studio.architecture, *self._engines, gate_step=self.setting.gate_step, after_gate=self.setting.after_gate
+            )
         return self._denoiser
 
 

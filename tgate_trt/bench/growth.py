@@ -6,6 +6,7 @@ engine: so SDXL in fp32 fits a machine of 24 GiB. The results are one JSON file,
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,44 +69,46 @@ class Task:
 def measure(
     names: Sequence[str] = MODELS,
     *,
-    output: Path,
+    output: Path | None = None,
     size: int | None = None,
     threads: int | None = None,
     again: bool = False,
     folder: Path = Path("bundles"),
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Measure models, those apart that were measured before by the same commit and packages in the same way.
 
     Args:
         names: of `tgate_trt.models.ARCHITECTURES`, or diffusers folders.
-        output: JSON file; what it holds of other models stays.
+        output: JSON file that is written after each model, and that a later run goes on from; what it holds of other models
+            stays. If None, all are measured and nothing is written.
         size: side of the pictures in pixels; the model's own, or 256 if that is less, if None.
         threads: CPU threads of a step; one a core if None.
         again: whether to measure even so.
         folder: where bundles are built, one at a time; they are deleted.
 
-    Returns:
-        JSON data: ``models``, by name, each with ``parameters``, ``size``, ``build`` (see `build_cost.measure`) and ``steps``,
-        and with date, machine, versions and commit.
+    Yields:
+        After each model, all that there is, as JSON data: ``models``, by name, each with ``parameters``, ``size``, ``build``
+        (see `build_cost.measure`) and ``steps``, and with date, machine, versions and commit.
 
     Raises:
         InputError: if there is no such model, or the file is something else.
         BuildError: if a model cannot be built or stepped.
     """
     sources = [models.resolve(name, random_weights=True) for name in names]
-    record: dict[str, Any] = read(output) if output.exists() else {"schema": SCHEMA, "models": {}}
+    record: dict[str, Any] = read(output) if output and output.exists() else {"schema": SCHEMA, "models": {}}
     for source in sources:
         side = size or min(source.height, source.width, _LARGEST_SIZE)
         before, now = record["models"].get(source.name), environment() | {"size": side, "threads": threads}
         if before is not None and not again and is_same(before, now):
             logger.info("%s was measured before, at %s", source.name, before["date"])
-            continue
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="growth-", dir=folder) as temporary:
-            record["models"][source.name] = now | _measure(source, side, threads, Path(temporary) / source.name)
-        replace_file(output, json.dumps(record, indent=2) + "\n")
-    return record
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="growth-", dir=folder) as temporary:
+                record["models"][source.name] = now | _measure(source, side, threads, Path(temporary) / source.name)
+            if output:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(output, json.dumps(record, indent=2) + "\n")
+        yield copy.deepcopy(record)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -215,10 +218,10 @@ def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         f"{found['parameters'] / 1e6:,.1f} M",
         f"{found['size']}²",
-        f"{build['seconds']:,.0f} s ({build['cpu_seconds']:,.0f} s)",
+        f"{build['seconds']:,.0f} s, {build['cpu_seconds']:,.0f} s",
         f"{build['memory']['peak_anonymous'] / 1e9:,.2f} GB",
         f"{build['disk']['bundle'] / 1e9:,.2f} GB",
-        *(_seconds(step["seconds"]) for step in steps),
+        *(_seconds(step["seconds"], step["cpu_seconds"]["median"]) for step in steps),
         f"{max(step['memory']['peak_anonymous'] for step in steps) / 1e9:,.2f} GB",
     )
 
@@ -230,7 +233,8 @@ def notes(record: Mapping[str, Any]) -> tuple[str, ...]:
     loads = (f"{name} {one['machine']['load_average_before']:.1f}, {_load_of_steps(one):.1f}" for name, one in found.items())
     return (
         f"{'; '.join(machines)}; ONNX Runtime, {PRECISION}, random weights, builds without verification.",
-        "In brackets: beside a build's time that for which processors worked, beside a step's median the 10th to 90th percentile.",
+        "A step's time is a median, in brackets the 10th to 90th percentile; after the comma is the time that processors worked, which"
+        " others' work on the machine stretches less.",
         "Vanilla and planning steps have two rows under guidance, fidelity steps have one.",
         "Memory is anonymous, at its peak: of a build's whole process tree, and of a step's process.",
         f"Load average before the build, and before the steps at the most: {'; '.join(loads)}.",
@@ -265,43 +269,55 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=150)
 
 
-_Value = Callable[[Mapping[str, Any]], float]
-"""What a line shows of a model's measurements."""
+@dataclass(frozen=True)
+class _Line:
+    label: str
+    value: Callable[[Mapping[str, Any]], float]
+    """What it shows of a model's measurements."""
+    colour: str
+    """One for one thing, in every panel."""
+    style: str = "o-"
 
 
-def _time_of(graph: str) -> _Value:
-    return lambda one: float(one["steps"][graph]["seconds"]["median"])
+def _time_of(graph: str, clock: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda one: float(one["steps"][graph][clock]["median"])
 
 
-def _memory_of(graph: str) -> _Value:
+def _memory_of(graph: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda one: float(one["steps"][graph]["memory"]["peak_anonymous"] / 1e9)
 
 
-_PANELS: Mapping[str, Mapping[str, _Value]] = {
-    "Build time, s": {
-        "elapsed": lambda one: float(one["build"]["seconds"]),
-        "of processors": lambda one: float(one["build"]["cpu_seconds"]),
-    },
-    "Peak anonymous memory, GB": {
-        "build": lambda one: float(one["build"]["memory"]["peak_anonymous"] / 1e9),
-        "vanilla step": _memory_of("vanilla"),
-        "fidelity step": _memory_of("fidelity"),
-        "denoiser's weights": lambda one: float(one["build"]["disk"]["denoiser_weights"] / 1e9),
-    },
-    "Time of a step, s": {graph: _time_of(graph) for graph in GRAPHS},
+_COLOURS = {"build": "C3", "vanilla": "C0", "planning": "C1", "fidelity": "C2", "weights": "0.6"}
+
+_PANELS: Mapping[str, tuple[_Line, ...]] = {
+    "Build time, s": (
+        _Line("elapsed", lambda one: float(one["build"]["seconds"]), _COLOURS["build"]),
+        _Line("processor time", lambda one: float(one["build"]["cpu_seconds"]), _COLOURS["build"], "o:"),
+    ),
+    "Peak anonymous memory, GB": (
+        _Line("build", lambda one: float(one["build"]["memory"]["peak_anonymous"] / 1e9), _COLOURS["build"]),
+        _Line("vanilla step", _memory_of("vanilla"), _COLOURS["vanilla"]),
+        _Line("fidelity step", _memory_of("fidelity"), _COLOURS["fidelity"]),
+        _Line("denoiser's weights", lambda one: float(one["build"]["disk"]["denoiser_weights"] / 1e9), _COLOURS["weights"], "-"),
+    ),
+    "Time of a step, s": (
+        *(_Line(graph, _time_of(graph, "seconds"), _COLOURS[graph]) for graph in GRAPHS),
+        *(_Line(f"{graph}, processor time", _time_of(graph, "cpu_seconds"), _COLOURS[graph], "o:") for graph in ("vanilla", "fidelity")),
+    ),
 }
 
 
-def _draw(axes: Axes, title: str, found: Sequence[tuple[str, Mapping[str, Any]]], lines: Mapping[str, _Value]) -> None:
+def _draw(axes: Axes, title: str, found: Sequence[tuple[str, Mapping[str, Any]]], lines: Sequence[_Line]) -> None:
     """One panel, with plain numbers on its axes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     millions = [one["parameters"] / 1e6 for _, one in found]
-    for label, value in lines.items():
-        axes.loglog(millions, [value(one) for _, one in found], marker="o", markersize=4, linewidth=1.2, label=label)
+    for line in lines:
+        values = [line.value(one) for _, one in found]
+        axes.loglog(millions, values, line.style, color=line.colour, label=line.label, markersize=4, linewidth=1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 3)))
-        axis.set_minor_locator(LogLocator(subs=(1,)))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
@@ -313,11 +329,13 @@ def _by_parameters(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, An
     return sorted(record["models"].items(), key=lambda item: int(item[1]["parameters"]))
 
 
-def _seconds(spread: Mapping[str, Any]) -> str:
-    """Three digits, in the unit that suits the median, with the spread in brackets."""
-    unit, scale = ("s", 1.0) if spread["median"] >= 1 else ("ms", 1e3)
-    median, low, high = (f"{spread[key] * scale:#.3g}".rstrip(".") for key in ("median", "p10", "p90"))
-    return f"{median} {unit} ({low}–{high})"
+def _seconds(elapsed: Mapping[str, Any], worked: float) -> str:
+    """Three digits, in the unit that suits the median."""
+    unit, scale = ("s", 1.0) if elapsed["median"] >= 1 else ("ms", 1e3)
+    median, low, high, cpu = (
+        f"{value * scale:#.3g}".rstrip(".") for value in (*(elapsed[key] for key in ("median", "p10", "p90")), worked)
+    )
+    return f"{median} {unit} ({low}–{high}), {cpu} {unit}"
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from tgate_trt.bench.settings import Setting, settings_of
 from tgate_trt.bench.spread import ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.builder import add_graph
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle import TRACE, Bundle
 from tgate_trt.demo.dataset import Captioned, examples
 from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.record import describe
 from tgate_trt.schedule import DEFAULT_GATE_STEP
 
@@ -243,6 +244,8 @@ def prepare(plan: Plan) -> Measurement:
         StaleBundleError: if engines that would be compared were built with different versions.
     """
     bundle = Bundle.open(plan.bundle)
+    if TRACE not in bundle.manifest.files:
+        raise StaleBundleError(f"{bundle.folder} holds no graphs to count and add to; build it again without --discard-graphs")
     backends = tuple(choose_backend(bundle, backend) for backend in (plan.backends or (None,)))
     refuse_unfair(bundle, backends)
     for graph in ("vanilla", "planning", "fidelity"):
@@ -311,7 +314,7 @@ def _held_out(bundle: Bundle, samples: int) -> list[Captioned]:
 
 def _fits(bundle: Bundle, settings: Sequence[Setting]) -> bool:
     """Whether all engines take at most half of the memory that is there."""
-    held = sum(file["size"] for name, file in bundle.manifest.files.items() if name == "weights.safetensors")
+    held = int(bundle.manifest.files[WEIGHTS_FILE]["size"])
     engines = {(setting.backend, graph) for setting in settings if setting.backend for graph in setting.graphs}
     others = sum(setting.backend is None for setting in settings)
     return 2 * held * (_COPIES * len(engines) + others) <= available()

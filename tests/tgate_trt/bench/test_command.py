@@ -15,7 +15,7 @@ import tgate_trt
 from tgate_trt import record as files
 from tgate_trt.bench import report
 from tgate_trt.bench.contenders import PARTS, Conditions, Studio
-from tgate_trt.bench.measure import refuse_unfair
+from tgate_trt.bench.measure import Plan, prepare, refuse_unfair
 from tgate_trt.bench.memory import peak_memory
 from tgate_trt.bench.settings import EAGER, TGATE, Setting
 from tgate_trt.bundle import Bundle, EngineSet
@@ -130,6 +130,15 @@ def test_engines_of_other_versions_are_not_compared(bundle: Path) -> None:
     refuse_unfair(opened, ["onnxruntime", "pytorch"])
     with pytest.raises(StaleBundleError, match=r"a comparison would not be fair: tensorrt-rtx was 0\.1 and is"):
         refuse_unfair(dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, engines=engines)), ["tensorrt-rtx"])
+
+
+def test_a_bundle_without_graphs_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    files = {name: file for name, file in opened.manifest.files.items() if not name.endswith(".onnx")}
+    discarded = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, files=files))
+    monkeypatch.setattr(Bundle, "open", lambda _path: discarded)
+    with pytest.raises(StaleBundleError, match="holds no graphs to count and add to; build it again without --discard-graphs"):
+        prepare(Plan(bundle))
 
 
 @pytest.mark.parametrize("setting", [Setting(TGATE, "onnxruntime", 1), Setting(EAGER)], ids=["engines", "diffusers"])
