@@ -12,8 +12,8 @@ from PIL import Image
 
 from tgate_trt import models
 from tgate_trt.bench import growth
-from tgate_trt.bench.record import environment
 from tgate_trt.errors import InputError
+from tgate_trt.record import environment
 
 
 @pytest.fixture(scope="module")
