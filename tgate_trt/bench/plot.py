@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def save(record: Mapping[str, Any], path: Path) -> None:
     panels = figure.subplots(1, 2, width_ratios=(3, 2)) if has_quality else [figure.subplots()]
     _bars(panels[0], record)
     if has_quality:
-        _scatter(panels[1], record)
+        _against_quality(panels[1], record)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -83,19 +84,29 @@ def _bars(axes: Any, record: Mapping[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _scatter(axes: Any, record: Mapping[str, Any]) -> None:
-    """Seconds of a picture, and what share of pictures is right, or how far they are from vanilla's."""
+def _against_quality(axes: Any, record: Mapping[str, Any]) -> None:
+    """Seconds of a picture, and what share of pictures is right, or how far they are from vanilla's: a line a way, a point a gate."""
     quality: Mapping[str, Any] = record["results"]["quality"]
     semantic = all(row["semantics"] for row in quality.values())
+    ways: dict[str, list[tuple[float, tuple[float, float, float], str]]] = defaultdict(list)
     for name, row in quality.items():
-        estimate = _of_semantics(row) if semantic else _of_distance(row)
-        x = record["results"]["settings"][name]["seconds"]["median"]
-        value, low, high = estimate
-        axes.errorbar(x, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
-        axes.annotate(name, (x, value), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set_xlabel("seconds, median")
+        way, _, gate = name.partition(" g=")
+        gate, _, mode = gate.partition(" ")
+        seconds = record["results"]["settings"][name]["seconds"]["median"]
+        ways[f"{way} {mode}".strip()].append((seconds, _of_semantics(row) if semantic else _of_distance(row), gate))
+    for way, points in ways.items():
+        seconds, values, gates = zip(*sorted(points), strict=True)
+        middle, low, high = zip(*values, strict=True)
+        errors = [
+            [value - least for value, least in zip(middle, low, strict=True)],
+            [most - value for value, most in zip(middle, high, strict=True)],
+        ]
+        axes.errorbar(seconds, middle, yerr=[below, above], fmt="o-", capsize=2, linewidth=1, markersize=4, label=way)
+        for x, y, gate in zip(seconds, middle, gates, strict=True):
+            axes.annotate(gate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xlabel("seconds, median; beside each point its gate step")
     axes.set_ylabel("pictures with every attribute right" if semantic else "perceptual distance to vanilla")
-    axes.margins(x=0.25)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
 
 
