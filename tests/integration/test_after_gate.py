@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tgate_trt
 from tgate_trt.after_gate import AFTER_GATE
 from tgate_trt.backends import load_engine
 from tgate_trt.bundle import Bundle
+from tgate_trt.cli import generate
 from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.errors import InputError
 from tgate_trt.generate import scheduler_of
@@ -80,8 +82,8 @@ def reference(pipeline: Any, prompts: list[str], mode: str, gate_step: int, *, r
             means = {module: (output + seen["positive"][module]) / 2 for module, output in seen["negative"].items()}
             caches = (means if mode == "negative" else seen["positive"]) if reuse else {}
             p = predict(pipeline.unet, sample, t, negative if mode == "negative" else positive, taken=caches)
-            remaining = (STEPS - step) / (STEPS - gate_step + 1) if mode == "fading" else 0
-            guided = p + (SCALE - 1) * remaining * direction
+            weight = ((STEPS - step) / (STEPS - gate_step + 1)) ** 3 if mode == "fading" else 0
+            guided = p + (SCALE - 1) * weight * direction
         if rescale:
             deviation = [tensor.std(dim=(1, 2, 3), keepdim=True) for tensor in (p, guided)]
             guided = rescale * guided * deviation[0] / deviation[1] + (1 - rescale) * guided
@@ -281,3 +283,16 @@ def test_an_unknown_mode_is_refused_in_one_sentence(gated: Any, sd_bundle: Bundl
 
 def test_the_denoiser_is_where_its_engines_are(gated: Any) -> None:
     assert gated.unet.device == gated.unet.planning.device == gated._execution_device
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "message"),
+    [("fading", 0, "gate step 1, fading"), ("mean", 1, "must be one of negative, positive, fading; got 'mean'")],
+)
+def test_the_command_takes_a_mode(mode: str, code: int, message: str, sd_bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "picture.png"
+    options = ["--prompt", "a cat", "--steps", "3", "--gate-step", "1", "--after-gate", mode, "--threads", "1", "--output", str(output)]
+    result = CliRunner().invoke(generate.app, [str(sd_bundle.folder), *options])
+    assert result.exit_code == code
+    assert message in (result.stderr if code else result.output)
+    assert output.exists() is (code == 0)
