@@ -7,23 +7,20 @@ The T-GATE paper (arXiv 2404.02747, table 1) counts convolutions and linear laye
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common as passes
-from torch import Tensor, nn
+from torch import nn
 
 from tgate_trt import models
-from tgate_trt.eager import forward
 from tgate_trt.errors import BuildError
 from tgate_trt.export.cut import cut
 from tgate_trt.export.trace import trace
 from tgate_trt.schedule import planning_steps
-from tgate_trt.specs import ROWS, TensorSpec
 from tgate_trt.taps import CROSS_ATTENTION, TAPPED_MODULES, recipe
 
 GATES = (5 / 25, 10 / 25)
@@ -174,7 +171,7 @@ class PictureCost:
     """One row of the table of MACs."""
 
     method: str
-    """``"vanilla"``, ``"cfg-drop"`` or ``"T-GATE"``, as `tgate_trt.bench.studio.METHODS` names them."""
+    """``"vanilla"``, ``"cfg-drop"`` or ``"T-GATE"``, as `tgate_trt.bench.settings` names them."""
     planning_steps: int
     """Steps before the gate; all of them without a gate."""
     macs: Macs
@@ -264,44 +261,3 @@ def _parameters(graphs: Mapping[str, ir.Model], state: Mapping[str, tuple[int, .
     modules = {attribute for attribute, kind in TAPPED_MODULES.items() if kind == CROSS_ATTENTION}
     attention = [value for name, value in whole.items() if modules & set(name.split("."))]
     return Parameters(*(sum(map(_numel, values)) for values in (whole.values(), attention, fidelity.values())))
-
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def macs_of_step(denoiser: nn.Module, inputs: Sequence[TensorSpec], graph: str, rows: int) -> int:
-    """Multiply-accumulates of one call of a graph.
-
-    Args:
-        denoiser: the architecture on the ``meta`` device, in fp32.
-        inputs: its whole signature, `tgate_trt.models.signature`.
-        graph: which graph; modules whose outputs it takes in are not counted, for it does not compute them.
-        rows: rows of the batch, two an image under guidance.
-    """
-    replaced = {attribute for attribute, kind in TAPPED_MODULES.items() if kind in recipe(graph).takes_in}
-    total = 0
-
-    def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() * _macs_of_element(module)
-
-    hooks = [
-        module.register_forward_hook(count)
-        for path, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and not replaced & set(path.split("."))
-    ]
-    try:
-        with torch.no_grad():
-            forward(denoiser, {tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), device="meta") for tensor in inputs})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
-
-
-def _macs_of_element(module: nn.Module) -> int:
-    """Multiply-accumulates of one element of a layer's output."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    assert isinstance(module, _CONVOLUTIONS)
-    return module.in_channels // module.groups * math.prod(module.kernel_size)

@@ -97,10 +97,8 @@ def _against_quality(axes: Any, record: Mapping[str, Any]) -> None:
     for way, points in ways.items():
         seconds, values, gates = zip(*sorted(points), strict=True)
         middle, low, high = zip(*values, strict=True)
-        errors = [
-            [value - least for value, least in zip(middle, low, strict=True)],
-            [most - value for value, most in zip(middle, high, strict=True)],
-        ]
+        below = [value - least for value, least in zip(middle, low, strict=True)]
+        above = [most - value for value, most in zip(middle, high, strict=True)]
         axes.errorbar(seconds, middle, yerr=[below, above], fmt="o-", capsize=2, linewidth=1, markersize=4, label=way)
         for x, y, gate in zip(seconds, middle, gates, strict=True):
             axes.annotate(gate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
