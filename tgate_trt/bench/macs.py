@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
-from torch import nn
 
 from tgate_trt import models
 from tgate_trt.errors import BuildError
