@@ -140,6 +140,7 @@ def _measure(source: ModelSource, side: int, threads: int | None, folder: Path) 
     engines, worked = build_cost.Engines(ONNXRUNTIME), _cpu_of_children()
     build = build_cost.measure(source.reference, PRECISION, folder, engines, size=side, graphs=GRAPHS, keep=True)
     build["cpu_seconds"] = _cpu_of_children() - worked
+    build["arguments"] = [source.name if argument == str(folder) else argument for argument in build["arguments"]]
     logger.info("%s: built in %.0f s", source.name, build["seconds"])
     return {
         "parameters": sum(map(math.prod, source.tensor_shapes().values())),

@@ -45,6 +45,7 @@ def test_build_steps_memory_and_disk_are_measured(measured: tuple[Path, dict[str
     assert 4 * found["parameters"] == found["build"]["disk"]["denoiser_weights"] < found["build"]["disk"]["bundle"]
     assert found["size"] == source.height == 64
     assert found["build"]["cpu_seconds"] > 0
+    assert str(output.parent.parent / "bundles") not in output.read_text(encoding="utf-8")
     assert {"date", "machine", "versions", "commit"} <= found.keys()
     assert found["steps"].keys() == set(growth.GRAPHS)
     for graph, step in found["steps"].items():
