@@ -35,7 +35,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "0.92",
-    "legend.frameon": False,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "white",
     "legend.fontsize": 8,
 }
 _COLUMNS = 12
@@ -137,8 +138,7 @@ def _groups(axes: Any, study: Study) -> None:
     names = [name for name in groups if name != ALL_LAYERS]
     for name, (colour, line) in _looks(names).items():
         axes.plot(range(1, study.steps), groups[name].relative.mean, color=colour, linestyle=line, label=name, linewidth=1.4)
-    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
-    _finish(axes, study, "step $t$", r"$D_t\,/\,\Vert C_t\Vert_2$", loc="upper left", ncols=3)
+    _finish(axes, study, "step $t$", r"$D_t\,/\,\Vert C_t\Vert_2$", ncols=3, room=True)
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[Any, str]]:
@@ -154,13 +154,13 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[Any, str]]:
 def _null_text_accuracy(axes: Any, study: Study) -> None:
     for order, series in (study.null_text or {}).items():
         _accuracy(axes, series, *_ORDERS[order])
-    _finish(axes, study, "$m$, steps", _RIGHT)
+    _finish(axes, study, "$m$, steps", _RIGHT, room=True)
 
 
 def _null_text_distance(axes: Any, study: Study) -> None:
     for order, series in (study.null_text or {}).items():
         _curve(axes, series.at, series.distance, *_ORDERS[order])
-    _finish(axes, study, "$m$, steps", _DISTANCE)
+    _finish(axes, study, "$m$, steps", _DISTANCE, room=True)
 
 
 def _gate_accuracy(axes: Any, study: Study) -> None:
@@ -184,6 +184,7 @@ def _accuracy(axes: Any, series: Series, label: str, colour: Any) -> None:
     mean, (low, high) = [share.fraction for share in shares], zip(*(share.interval for share in shares), strict=True)
     _curve(axes, series.at, Band(tuple(mean), low, high), label, colour)
     axes.set_ylim(top=1.04)
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
@@ -192,18 +193,18 @@ def _curve(axes: Any, at: Sequence[int], values: Band, label: str, colour: Any) 
     axes.fill_between(at, values.low, values.high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _finish(axes: Any, study: Study, across: str, up: str, **legend: Any) -> None:
-    """Name the axes and the curves, and mark the gates."""
+def _finish(axes: Any, study: Study, across: str, up: str, *, ncols: int = 1, room: bool = False) -> None:
+    """Name the axes and the curves, and mark the gates; with ``room``, the names stand above the curves."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.set_xlim(0, study.steps)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, (1.35 if room else 1) * axes.get_ylim()[1])
     handles = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     if len(handles) > 1:
-        axes.legend(handles=handles, **legend)
+        axes.legend(handles=handles, ncols=ncols, loc="upper left" if room else "best")
     for gate_step, style, label in _gates(study):
         axes.axvline(gate_step, label=label, gid=_GATE, zorder=1.5, **style)
 
