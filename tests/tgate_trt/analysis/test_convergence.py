@@ -21,6 +21,8 @@ from tgate_trt.errors import StaleBundleError
 from tgate_trt.generate import SCHEDULERS
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 4
 PROMPTS = ["a red fox", "two blue birds in a tree"]
 

@@ -12,6 +12,8 @@ from tgate_trt.analysis.null_text import TEXT_FIRST, TEXT_LAST, draw, measure, n
 from tgate_trt.analysis.subject import Sampling, Subject
 from tgate_trt.bundle import Bundle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 3
 
 

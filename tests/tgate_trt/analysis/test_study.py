@@ -18,6 +18,8 @@ from tgate_trt.analysis.convergence import ALL_LAYERS
 from tgate_trt.bundle import Bundle
 from tgate_trt.cli import analyze
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 4
 
 
