@@ -1,13 +1,12 @@
 """What growth costs: build time, memory and step time of models from the demo model to SDXL, in random weights on the CPU.
 
 Each model is built by ``tgate-build`` as anyone would, and each kind of step is timed in a process of its own that holds one
-engine: so SDXL in fp32 fits a machine of 24 GiB. The results are one JSON file, written after each model.
+engine: so SDXL in fp32 fits a machine of 24 GiB.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from tgate_trt.backends import ONNXRUNTIME, load_engine
 from tgate_trt.bench import build_cost
 from tgate_trt.bench.macs import macs_of_graph, rows_of_step
 from tgate_trt.bench.spread import spread
-from tgate_trt.bundle import Bundle, replace_file, replacing
+from tgate_trt.bundle import Bundle, replacing
 from tgate_trt.errors import InputError
 from tgate_trt.export.verify import random_inputs
 from tgate_trt.models import ModelSource
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
-
-SCHEMA = 1
-"""Version of the file's form."""
 
 MODELS = ("shapes", "sd15", "sd21", "sdxl")
 """What is measured unless the caller says otherwise."""
@@ -69,21 +65,18 @@ class Task:
 def measure(
     names: Sequence[str] = MODELS,
     *,
-    output: Path | None = None,
+    known: Mapping[str, Any] | None = None,
     size: int | None = None,
     threads: int | None = None,
-    again: bool = False,
     folder: Path = Path("bundles"),
 ) -> Iterator[dict[str, Any]]:
     """Measure models, those apart that were measured before by the same commit and packages in the same way.
 
     Args:
         names: of `tgate_trt.models.ARCHITECTURES`, or diffusers folders.
-        output: JSON file that is written after each model, and that a later run goes on from; what it holds of other models
-            stays. If None, all are measured and nothing is written.
+        known: what an earlier run gave, which this one goes on from; what it holds of other models stays.
         size: side of the pictures in pixels; the model's own, or 256 if that is less, if None.
         threads: CPU threads of a step; one a core if None.
-        again: whether to measure even so.
         folder: where bundles are built, one at a time; they are deleted.
 
     Yields:
@@ -91,40 +84,21 @@ def measure(
         (see `build_cost.measure`) and ``steps``, and with date, machine, versions and commit.
 
     Raises:
-        InputError: if there is no such model, or the file is something else.
+        InputError: if there is no such model.
         BuildError: if a model cannot be built or stepped.
     """
     sources = [models.resolve(name, random_weights=True) for name in names]
-    record: dict[str, Any] = read(output) if output and output.exists() else {"schema": SCHEMA, "models": {}}
+    record: dict[str, Any] = {"models": dict((known or {}).get("models", {}))}
     for source in sources:
         side = size or min(source.height, source.width, _LARGEST_SIZE)
         before, now = record["models"].get(source.name), environment() | {"size": side, "threads": threads}
-        if before is not None and not again and is_same(before, now):
+        if before is not None and is_same(before, now):
             logger.info("%s was measured before, at %s", source.name, before["date"])
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="growth-", dir=folder) as temporary:
                 record["models"][source.name] = now | _measure(source, side, threads, Path(temporary) / source.name)
-            if output:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(output, json.dumps(record, indent=2) + "\n")
         yield copy.deepcopy(record)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What `measure` wrote.
-
-    Raises:
-        InputError: if the file is something else.
-    """
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        is_ours = record["schema"] == SCHEMA and isinstance(record["models"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
-        is_ours = False
-    if not is_ours:
-        raise InputError(f"{path} holds no measurements of growth that this version reads; move it away and measure again")
-    return record
 
 
 def is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

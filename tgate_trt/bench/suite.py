@@ -14,7 +14,7 @@ from tgate_trt.bench import build_cost, growth, kernels, macs, probe
 from tgate_trt.bench.measure import Plan, conditions_of, prepare, subject_of
 from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
-from tgate_trt.record import describe, environment, record_of
+from tgate_trt.record import describe, environment, read, record_of
 
 MACS_OF = ("sd15", "sd21", "sdxl")
 """Models of the paper's table."""
@@ -70,7 +70,7 @@ def count_macs(names: Sequence[str], command: str) -> Iterator[Record]:
         yield record_of("macs", command, before, {}, list(found))
 
 
-def measure_growth(names: Sequence[str], size: int | None, threads: int | None, command: str) -> Iterator[Record]:
+def measure_growth(names: Sequence[str], size: int | None, threads: int | None, command: str, earlier: Path | None) -> Iterator[Record]:
     """Measure builds and steps from small models to large ones.
 
     Args:
@@ -78,9 +78,18 @@ def measure_growth(names: Sequence[str], size: int | None, threads: int | None, 
         size: side of the pictures in pixels.
         threads: of an engine.
         command: as it can be typed again.
+        earlier: file of an earlier run; this one goes on from it, so that one that was cut off need not begin anew.
+
+    Raises:
+        InputError: if the file is something else.
     """
-    before = environment()
-    for results in growth.measure(tuple(names) or growth.MODELS, size=size, threads=threads):
+    before, known = environment(), None
+    if earlier is not None and earlier.exists():
+        found = read(earlier)
+        if found["what"] != "growth":
+            raise InputError(f"{earlier} holds results of {found['what']}; choose another --json")
+        known = found["results"]
+    for results in growth.measure(tuple(names) or growth.MODELS, known=known, size=size, threads=threads):
         yield record_of("growth", command, before, {"size": size, "threads": threads}, results)
 
 

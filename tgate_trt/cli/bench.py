@@ -92,7 +92,7 @@ def bench(
         if mode == "macs":
             records = suite.count_macs(given, command)
         elif mode == "growth":
-            records = suite.measure_growth(given, size, threads, command)
+            records = suite.measure_growth(given, size, threads, command, json_file)
         elif mode == "build":
             engines = Engines(backend or "onnxruntime", weights, compute_capability)
             records = suite.measure_build(given[0], precision, engines, size, command)

@@ -24,7 +24,7 @@ def sdxl_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl: Path) -> Bu
     return tgate_trt.build(tiny_sdxl, tmp_path_factory.mktemp("bundles") / "tiny-sdxl", verify=False, components=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """PyTorch with one thread: on tiny tensors and busy cores, several wait for each other ten times as long as they work."""
     before = torch.get_num_threads()

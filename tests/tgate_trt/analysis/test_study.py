@@ -39,7 +39,7 @@ def error_of(result: Result) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(one_thread: None, sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes for the tiny model."""
     folder = tmp_path_factory.mktemp("analysis")
     prompts = folder / "prompts.txt"
