@@ -81,6 +81,8 @@ bench-demo: $(READY)
 	  $(call results,bench-shapes) --plot $(RESULTS)/bench-shapes.png
 	$(BIN)/tgate-bench bundles/bench-shapes --backend onnxruntime --gate-step 3,5,10,15 --after-gate negative,positive,fading --rounds 5 \
 	  --quality --samples 102 $(call results,after-gate-shapes) --plot $(RESULTS)/after-gate-shapes.png
+	$(BIN)/tgate-bench bundles/bench-shapes --backend onnxruntime --gate-step 5 --after-gate negative,positive,fading --guidance-scale 5 --rounds 1 \
+	  --quality --samples 102 --no-memory $(call results,after-gate-shapes-guidance-5)
 	$(BIN)/tgate-analyze bundles/bench-shapes --backend onnxruntime --json $(RESULTS)/analysis-shapes.json --plot $(RESULTS)/analysis-shapes.png
 	$(BIN)/tgate-bench --kernels bundles/bench-shapes $(call results,kernels)
 	$(BIN)/tgate-bench --probe $(call results,probe)

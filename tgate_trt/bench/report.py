@@ -67,7 +67,7 @@ def _pictures(record: Mapping[str, Any]) -> Iterator[Table]:
             _ratio(row["ratio"]),
             f"{row['bound']['linear']:.3f}",
             _ratio(row["denoising_ratio"]),
-            f"{row['bound']['linear'] / row['denoising_ratio']['median']:.1%}",
+            "–" if row["bound"]["linear"] == 1 else f"{row['bound']['linear'] / row['denoising_ratio']['median']:.1%}",
             f"{row['ratio_to_first']['median']:.3f}",
         )
         for name, row in results.items()
