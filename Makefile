@@ -8,6 +8,10 @@ READY  := $(VENV)/.ready
 export PYTHONSAFEPATH := 1
 
 DEMO_BUNDLE := bundles/shapes-64x64-fp32
+PICTURES := --prompt "a small red circle at the top right on a white background" \
+  --prompt "a large yellow square at the top left on a green background" \
+  --prompt "a large blue triangle at the center on a black background" \
+  --prompt "a small purple cross at the top left on a black background"
 
 .PHONY: help setup demo test check bench bench-demo bench-sd15 bench-models bench-gpu clean
 
@@ -30,12 +34,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/tgate-build --model shapes --output $(DEMO_BUNDLE) --backend onnxruntime --backend tensorrt-rtx \
 	  --compute-capability SM86 --compute-capability SM89 --compute-capability SM120
-	$(BIN)/tgate-generate $(DEMO_BUNDLE) \
-	  --prompt "a small red circle at the top right on a white background" \
-	  --prompt "a large yellow square at the top left on a green background" \
-	  --prompt "a large blue triangle at the center on a black background" \
-	  --prompt "a small purple cross at the top left on a black background" \
-	  --gate-step none --gate-step 10 --gate-step 5 --output pictures/demo.png
+	$(BIN)/tgate-generate $(DEMO_BUNDLE) $(PICTURES) --gate-step none --gate-step 10 --gate-step 5 --output pictures/demo.png
 
 test: $(READY)
 	$(BIN)/pytest
@@ -83,6 +82,8 @@ bench-demo: $(READY)
 	  --quality --samples 102 $(call results,after-gate-shapes) --plot $(RESULTS)/after-gate-shapes.png
 	$(BIN)/tgate-bench bundles/bench-shapes --backend onnxruntime --gate-step 5 --after-gate negative,positive,fading --guidance-scale 5 --rounds 1 \
 	  --quality --samples 102 --no-memory $(call results,after-gate-shapes-guidance-5)
+	$(BIN)/tgate-generate bundles/bench-shapes --backend onnxruntime $(PICTURES) --gate-step none --gate-step 5 \
+	  --after-gate negative --after-gate positive --after-gate fading --output $(RESULTS)/after-gate-pictures.png
 	$(BIN)/tgate-analyze bundles/bench-shapes --backend onnxruntime --json $(RESULTS)/analysis-shapes.json --plot $(RESULTS)/analysis-shapes.png
 	$(BIN)/tgate-bench --kernels bundles/bench-shapes $(call results,kernels)
 	$(BIN)/tgate-bench --probe $(call results,probe)

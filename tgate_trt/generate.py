@@ -1,4 +1,4 @@
-"""Pictures from a bundle, for one or several gate steps, and the files that show them."""
+"""Pictures from a bundle, for one or several gates, and the files that show them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Settings:
     steps: int | None = None
     gate_steps: tuple[str, ...] = ()
     """As the commands take them; the bundle's own if empty."""
-    after_gate: str = DEFAULT_AFTER_GATE
-    """Of `tgate_trt.after_gate.AFTER_GATE`."""
+    after_gate: tuple[str, ...] = (DEFAULT_AFTER_GATE,)
+    """Of `tgate_trt.after_gate.AFTER_GATE`, each with every gate step."""
     guidance_scale: float | None = None
     seed: int = 0
     scheduler: str | None = None
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Column:
-    """The pictures of one gate step."""
+    """The pictures of one gate."""
 
     label: str
     pictures: tuple[Image, ...]
@@ -68,7 +68,7 @@ class Column:
 
 
 def generate(bundle: str | os.PathLike[str], settings: Settings, *, backend: str | None = None, threads: int | None = None) -> list[Column]:
-    """Draw every prompt with every gate step, from the same noise.
+    """Draw every prompt with every gate, from the same noise.
 
     Raises:
         InputError: if a setting is impossible; nothing has been drawn then.
@@ -83,12 +83,17 @@ def generate(bundle: str | os.PathLike[str], settings: Settings, *, backend: str
     gate_steps = [check_gate_step(parse_gate_step(text)) for text in settings.gate_steps] or [opened.manifest.gate_step or "none"]
     for gate_step in gate_steps:
         planning_steps(gate_step, steps)
-    after_gate_of(settings.after_gate)
-    pipeline = load(opened, backend=backend, threads=threads, after_gate=settings.after_gate)
+    for after_gate in settings.after_gate:
+        after_gate_of(after_gate)
+    pipeline = load(opened, backend=backend, threads=threads)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = scheduler_of(pipeline, settings.scheduler)
     arguments = _arguments(opened, settings, steps)
-    return [_column(pipeline, opened, settings, arguments, gate_step) for gate_step in gate_steps]
+    return [
+        _column(pipeline, opened, settings, arguments, gate_step, after_gate)
+        for gate_step in gate_steps
+        for after_gate in (settings.after_gate if gate_step != "none" else settings.after_gate[:1])
+    ]
 
 
 def scheduler_of(pipeline: Any, name: str | None) -> Any:
@@ -182,12 +187,15 @@ def _arguments(bundle: Bundle, settings: Settings, steps: int) -> dict[str, Any]
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _column(pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mapping[str, Any], gate_step: GateStep) -> Column:
-    """Draw every prompt with one gate step; a run of two steps before the clock starts warms the engines up."""
+def _column(
+    pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mapping[str, Any], gate_step: GateStep, after_gate: str
+) -> Column:
+    """Draw every prompt with one gate; a run of two steps before the clock starts warms the engines up."""
     import torch
 
     denoiser = getattr(pipeline, bundle.manifest.model["attribute"])
     pictures: list[Image] = []
+    denoiser.after_gate = after_gate
     denoiser.gate_step = gate_step if gate_step == "none" else 1
     pipeline(settings.prompts[0], **{**arguments, "num_inference_steps": 2})
     denoiser.gate_step = gate_step
@@ -196,7 +204,7 @@ def _column(pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mappin
         first = settings.seed + index * settings.images
         generators = [torch.Generator().manual_seed(first + image) for image in range(settings.images)]
         pictures += pipeline(prompt, **arguments, generator=generators).images
-    return Column(label_of(gate_step, settings.after_gate), tuple(pictures), time.perf_counter() - start)
+    return Column(label_of(gate_step, after_gate), tuple(pictures), time.perf_counter() - start)
 
 
 def _save(picture: Image, path: Path) -> None:

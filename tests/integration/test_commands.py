@@ -70,10 +70,13 @@ def test_a_second_build_returns_and_says_why(bundle: Path, tiny_sd: Path) -> Non
 def test_pictures_side_by_side(bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "sheet.png"
     prompts = ("--prompt", "a cat", "--prompt", "a dog")
-    result = run(generate.app, bundle, *prompts, "--steps", 3, "--gate-step", "none", "--gate-step", 1, "--output", output)
+    gates = ("--gate-step", "none", "--gate-step", 1, "--after-gate", "negative", "--after-gate", "fading")
+    result = run(generate.app, bundle, *prompts, "--steps", 3, *gates, "--output", output)
     assert result.exit_code == 0, result.output
-    assert "vanilla" in result.output and "gate step 1" in result.output and str(output) in result.output
-    assert Image.open(output).width > 2 * 64
+    columns = [line.split("  ")[0].strip() for line in result.output.splitlines()[1:4]]
+    assert columns == ["vanilla", "gate step 1", "gate step 1, fading"], "vanilla has nothing after its gate"
+    assert str(output) in result.output
+    assert Image.open(output).width > 3 * 64
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 

@@ -24,6 +24,7 @@ from tgate_trt import children, models
 from tgate_trt.backends import ONNXRUNTIME, load_engine
 from tgate_trt.bench import build_cost
 from tgate_trt.bench.macs import macs_of_graph, rows_of_step
+from tgate_trt.bench.memory import anonymous
 from tgate_trt.bench.spread import spread
 from tgate_trt.bundle import Bundle, replacing
 from tgate_trt.errors import InputError
@@ -154,7 +155,7 @@ def _step(task: Task) -> dict[str, Any]:
         "load_seconds": loading,
         "seconds": spread(wall),
         "cpu_seconds": spread(cpu),
-        "memory": {"peak_anonymous": _anonymous(), "peak_total": peak},
+        "memory": {"peak_anonymous": anonymous(), "peak_total": peak},
     }
 
 
@@ -168,14 +169,6 @@ def _samples(call: Callable[[], None]) -> tuple[list[float], list[float]]:
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - worked)
     return wall, cpu
-
-
-def _anonymous() -> int:
-    """Bytes of this process's memory without pages of files, which the system can drop; an engine keeps what its calls took."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 HEADER = ("model", "parameters", "pictures", "build", "its memory", "on disk", *(f"{graph} step" for graph in GRAPHS), "memory of a step")

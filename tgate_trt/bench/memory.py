@@ -80,7 +80,7 @@ class _Look(threading.Thread):
 
         on_gpu = torch.cuda.is_available()
         while True:
-            self.host = max(self.host, _anonymous())
+            self.host = max(self.host, anonymous())
             if on_gpu:
                 free, total = torch.cuda.mem_get_info()  # TensorRT's own allocations are not PyTorch's
                 self.gpu = max(self.gpu, total - free)
@@ -93,7 +93,8 @@ class _Look(threading.Thread):
         return {"host": self.host, "gpu": self.gpu}
 
 
-def _anonymous() -> int:
+def anonymous() -> int:
+    """Bytes of this process's memory without pages of files, which the system can drop."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

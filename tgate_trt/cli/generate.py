@@ -26,8 +26,12 @@ def generate(
         ),
     ] = None,
     after_gate: Annotated[
-        str, typer.Option(help="From the gate on: negative (T-GATE), positive, or fading, which lets guidance fade out.")
-    ] = "negative",
+        list[str] | None,
+        typer.Option(
+            help="From the gate on: negative (T-GATE), positive, or fading, which lets guidance fade out. May be given several times, "
+            "to compare. [default: negative]"
+        ),
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none. [default: the model's own]")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next have the next seeds.")] = 0,
     scheduler: Annotated[
@@ -45,6 +49,7 @@ def generate(
     --gate-step none --gate-step 10`
     """
     with reporting(verbose):
+        from tgate_trt.after_gate import DEFAULT_AFTER_GATE
         from tgate_trt.generate import Settings, generate, save
 
         settings = Settings(
@@ -52,7 +57,7 @@ def generate(
             negative_prompt=negative_prompt,
             steps=steps,
             gate_steps=tuple(gate_step or ()),
-            after_gate=after_gate,
+            after_gate=tuple(after_gate or (DEFAULT_AFTER_GATE,)),
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
