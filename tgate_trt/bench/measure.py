@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class Plan:
     seed: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
-    scheduler: str | None = "dpm++"
+    scheduler: str | None = None
+    """Of `tgate_trt.generate.SCHEDULERS`, or ``"own"`` for the model's; DPM-Solver++ if None, but for LCM, which has its own."""
     images: int = 1
     rounds: int = 5
     threads: int | None = None
@@ -254,7 +256,7 @@ def prepare(plan: Plan) -> Measurement:
     conditions = Conditions(
         steps=plan.steps or manifest.steps,
         guidance_scale=manifest.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
-        scheduler=plan.scheduler,
+        scheduler=_scheduler(bundle, plan.scheduler),
         images=plan.images,
         threads=plan.threads,
     )
@@ -305,6 +307,14 @@ def conditions_of(measurement: Measurement) -> dict[str, Any]:
         "pytorch_threads": torch.get_num_threads(),
         "keeps_engines": measurement.studio.keeps_engines,
     }
+
+
+def _scheduler(bundle: Bundle, name: str | None) -> str | None:
+    """The scheduler that all settings use, None for the model's own."""
+    config = json.loads((bundle.pipeline / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if name == "own" or (name is None and config["_class_name"] == "LCMScheduler"):
+        return None
+    return name or "dpm++"
 
 
 def _held_out(bundle: Bundle, samples: int) -> list[Captioned]:

@@ -75,7 +75,8 @@ def _pictures(record: Mapping[str, Any]) -> Iterator[Table]:
     header = ("method", "engine", "p50", "p90", "p10 … p90", "images/s", "ratio", "bound", "denoising alone", "of bound", "to the first")
     yield Table(f"{images.capitalize()}, {settings['steps']} steps: {subject}", header, times, tuple(_notes_on_pictures(record)))
     phases = ("method", *_STEPS, *_REST, "outside the models", "peak memory", "peak GPU memory")
-    yield Table(f"Where the time goes, medians: {subject}", phases, [_phases(name, row) for name, row in results.items()])
+    note = "Peak memory is of a process for each row, anonymous: weights that stay mapped from their files, as PyTorch's do, are not in it."
+    yield Table(f"Where the time goes, medians: {subject}", phases, [_phases(name, row) for name, row in results.items()], (note,))
     if record["results"].get("quality"):
         yield _quality(record)
 

@@ -35,7 +35,9 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the first picture; the next have the next seeds.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: the model's own, mostly 25]")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance. [default: the model's own]")] = None,
-    scheduler: Annotated[str, typer.Option(help="As tgate-generate takes it, or `own` for the model's own.")] = "dpm++",
+    scheduler: Annotated[
+        str | None, typer.Option(help="As tgate-generate takes it, or `own` for the model's own. [default: dpm++; for LCM its own]")
+    ] = None,
     images: Annotated[int, typer.Option(help="Pictures in one call.")] = 1,
     rounds: Annotated[int, typer.Option(help="How often every setting is timed, in turn.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: one a core]")] = None,
@@ -111,7 +113,7 @@ def bench(
                 seed=seed,
                 steps=steps,
                 guidance_scale=guidance_scale,
-                scheduler=None if scheduler == "own" else scheduler,
+                scheduler=scheduler,
                 images=images,
                 rounds=rounds,
                 threads=threads,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import tgate_trt
 from tgate_trt import record as files
 from tgate_trt.bench import report
 from tgate_trt.bench.contenders import PARTS, Conditions, Studio
-from tgate_trt.bench.measure import Plan, prepare, refuse_unfair
+from tgate_trt.bench.measure import Plan, _scheduler, prepare, refuse_unfair
 from tgate_trt.bench.memory import peak_memory
 from tgate_trt.bench.settings import EAGER, TGATE, Setting
 from tgate_trt.bundle import Bundle, EngineSet
@@ -203,3 +204,12 @@ def test_a_foreign_file_is_no_record(tmp_path: Path) -> None:
 def test_growth_goes_on_from_its_own_file_alone(error_of: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"schema": files.SCHEMA, "what": "macs"}), encoding="utf-8")
     assert "a.json holds results of macs; choose another --json" in error_of("--growth", "--json", "a.json")
+
+
+@pytest.mark.parametrize(
+    ("own", "wish", "used"), [("PNDM", None, "dpm++"), ("LCM", None, None), ("LCM", "ddim", "ddim"), ("PNDM", "own", None)]
+)
+def test_all_settings_have_one_scheduler(own: str, wish: str | None, used: str | None, tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": f"{own}Scheduler"}), encoding="utf-8")
+    assert _scheduler(SimpleNamespace(pipeline=tmp_path), wish) == used
