@@ -37,7 +37,7 @@ demo: $(READY)
 	$(BIN)/tgate-generate $(DEMO_BUNDLE) $(PICTURES) --gate-step none --gate-step 10 --gate-step 5 --output pictures/demo.png
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # The engines are checked twice: against TensorRT's API and against TensorRT-RTX's, each in the place of the module `tensorrt`.
 check: $(READY) .typing/tgate_trt .typing/full .typing/rtx

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is: tests run side by side, and threads that wait for each other spin
 
 import pytest
 
