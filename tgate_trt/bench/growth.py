@@ -26,6 +26,7 @@ from tgate_trt.bench import build_cost
 from tgate_trt.bench.macs import macs_of_graph, rows_of_step
 from tgate_trt.bench.memory import anonymous
 from tgate_trt.bench.spread import spread
+from tgate_trt.bench.units import gigabytes, seconds
 from tgate_trt.bundle import Bundle, replacing
 from tgate_trt.errors import InputError
 from tgate_trt.export.verify import random_inputs
@@ -187,10 +188,10 @@ def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         f"{found['parameters'] / 1e6:,.1f} M",
         f"{found['size']}²",
         f"{build['seconds']:,.0f} s, {build['cpu_seconds']:,.0f} s",
-        f"{build['memory']['peak_anonymous'] / 1e9:,.2f} GB",
-        f"{build['disk']['bundle'] / 1e9:,.2f} GB",
+        gigabytes(build["memory"]["peak_anonymous"]),
+        gigabytes(build["disk"]["bundle"]),
         *(_seconds(step["seconds"], step["cpu_seconds"]["median"]) for step in steps),
-        f"{max(step['memory']['peak_anonymous'] for step in steps) / 1e9:,.2f} GB",
+        gigabytes(max(step["memory"]["peak_anonymous"] for step in steps)),
     )
 
 
@@ -298,12 +299,8 @@ def _by_parameters(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, An
 
 
 def _seconds(elapsed: Mapping[str, Any], worked: float) -> str:
-    """Three digits, in the unit that suits the median."""
-    unit, scale = ("s", 1.0) if elapsed["median"] >= 1 else ("ms", 1e3)
-    median, low, high, cpu = (
-        f"{value * scale:#.3g}".rstrip(".") for value in (*(elapsed[key] for key in ("median", "p10", "p90")), worked)
-    )
-    return f"{median} {unit} ({low}–{high}), {cpu} {unit}"
+    median, low, high = (seconds(elapsed[key]) for key in ("median", "p10", "p90"))
+    return f"{median} ({low} … {high}), {seconds(worked)}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from tgate_trt.bench import growth
+from tgate_trt.bench.units import gigabytes, seconds
 
 Rows = list[tuple[str, ...]]
 
@@ -60,9 +61,9 @@ def _pictures(record: Mapping[str, Any]) -> Iterator[Table]:
         (
             name,
             row["engine"],
-            _time(row["seconds"]["median"]),
-            _time(row["seconds"]["p90"]),
-            f"{_time(row['seconds']['p10'])} … {_time(row['seconds']['p90'])}",
+            seconds(row["seconds"]["median"]),
+            seconds(row["seconds"]["p90"]),
+            f"{seconds(row['seconds']['p10'])} … {seconds(row['seconds']['p90'])}",
             f"{row['images_per_second']:.3g}",
             _ratio(row["ratio"]),
             f"{row['bound']['linear']:.3f}",
@@ -86,11 +87,11 @@ _REST = ("hand-off", "text encoding", "VAE")
 
 
 def _phases(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    steps = (_time(row["steps"][part]["median"]) if part in row["steps"] else "–" for part in _STEPS)
-    rest = (_time(row["parts"][part]["median"]) if row["parts"][part]["median"] else "–" for part in _REST)
-    outside = f"{_time(row['outside']['median'])} ({row['outside_share']['median']:.1%})"
+    steps = (seconds(row["steps"][part]["median"]) if part in row["steps"] else "–" for part in _STEPS)
+    rest = (seconds(row["parts"][part]["median"]) if row["parts"][part]["median"] else "–" for part in _REST)
+    outside = f"{seconds(row['outside']['median'])} ({row['outside_share']['median']:.1%})"
     memory = row["memory"] or {}
-    return (name, *steps, *rest, outside, *(_bytes(memory[place]) if memory.get(place) else "–" for place in ("host", "gpu")))
+    return (name, *steps, *rest, outside, *(gigabytes(memory[place]) if memory.get(place) else "–" for place in ("host", "gpu")))
 
 
 def _notes_on_pictures(record: Mapping[str, Any]) -> Iterator[str]:
@@ -183,16 +184,16 @@ def _build(record: Mapping[str, Any]) -> Iterator[Table]:
     memory, disk = results["memory"], results["disk"]
     peaks: Mapping[str, int] = memory.get("peak_anonymous_of_stages", {})
     rows: Rows = [
-        (stage, f"{seconds:,.1f} s" + (f", {_bytes(peaks[stage])} anonymous" if stage in peaks else ""))
-        for stage, seconds in results["stages"].items()
+        (stage, f"{taken:,.1f} s" + (f", {gigabytes(peaks[stage])} anonymous" if stage in peaks else ""))
+        for stage, taken in results["stages"].items()
     ]
     rows += [
         ("whole command", f"{results['seconds']:,.1f} s"),
         ("peak memory, anonymous", _against(memory["peak_anonymous"], disk["denoiser_weights"], "the denoiser's weights")),
         ("peak memory, total", _against(memory["peak_total"], disk["denoiser_weights"], "the denoiser's weights")),
-        ("weights of the denoiser", _bytes(disk["denoiser_weights"])),
-        ("weights of the whole pipeline", _bytes(disk["pipeline_weights"])),
-        *([("plans on disk", _bytes(disk["plans"]))] if disk.get("plans") else []),
+        ("weights of the denoiser", gigabytes(disk["denoiser_weights"])),
+        ("weights of the whole pipeline", gigabytes(disk["pipeline_weights"])),
+        *([("plans on disk", gigabytes(disk["plans"]))] if disk.get("plans") else []),
         ("bundle on disk", _against(disk["bundle"], disk["pipeline_weights"], "the pipeline's weights")),
     ]
     yield Table(f"A build: {_subject(record)}", ("stage", "taken"), rows)
@@ -207,7 +208,7 @@ def _kernels(record: Mapping[str, Any]) -> Iterator[Table]:
             name,
             f"{way['gigabytes_per_second']['median']:,.0f}",
             f"{way['of_copy']['median']:.1%}",
-            _time(way["seconds"]["median"]),
+            seconds(way["seconds"]["median"]),
         )
         for case in results["cases"]
         for name, way in case["ways"].items()
@@ -218,7 +219,7 @@ def _kernels(record: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Kernels", ("kernel", "GB/s"), [("all", "not measured: there is no NVIDIA GPU here")])
     if results["fusion"]:
         fusion = results["fusion"]
-        row = (*(_time(fusion[name]["median"]) for name in ("unfused", "fused")), _ratio(fusion["ratio"]))
+        row = (*(seconds(fusion[name]["median"]) for name in ("unfused", "fused")), _ratio(fusion["ratio"]))
         yield Table(f"A fidelity step in PyTorch, with and without the fused op: {_subject(record)}", ("unfused", "fused", "ratio"), [row])
     rows = [
         (
@@ -284,18 +285,5 @@ def _share(share: Mapping[str, Any]) -> str:
     return f"{share['fraction']:.0%} ({low:.0%} … {high:.0%})"
 
 
-def _time(seconds: float) -> str:
-    """Three digits or so, in the unit that suits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
-    return f"{seconds / 1e-6:.0f} µs"
-
-
-def _bytes(held: int) -> str:
-    return f"{held / 1e9:,.2f} GB"
-
-
 def _against(held: int, least: int, what: str) -> str:
-    return f"{_bytes(held)}, {held / least:.2f} × {what}"
+    return f"{gigabytes(held)}, {held / least:.2f} × {what}"
