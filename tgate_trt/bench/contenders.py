@@ -210,6 +210,8 @@ class _Ours:
         pipeline = self.studio.our_pipeline(str(self.setting.backend))
         denoiser = self._ready(pipeline)
         denoiser.gate_step = self.studio.gate_step(self.setting, None)
+        for engine in self._engines:
+            engine.watch = None
         setattr(pipeline, self.studio.attribute, denoiser)
         return pipeline
 
