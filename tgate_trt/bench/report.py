@@ -32,7 +32,7 @@ class Table:
 
     def rich(self) -> RichTable:
         """This table for a terminal."""
-        table = RichTable(title=self.title, title_justify="left", caption=" ".join(self.notes), caption_justify="left", box=None)
+        table = RichTable(title=self.title, title_justify="left", caption=" ".join(self.notes).replace("*", ""), caption_justify="left", box=None)
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
@@ -97,7 +97,7 @@ def _phases(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 def _notes_on_pictures(record: Mapping[str, Any]) -> Iterator[str]:
     settings, results = record["settings"], record["results"]["settings"]
     scale = "of the model" if settings["guidance_scale"] is None else settings["guidance_scale"]
-    yield f"{settings['rounds']} rounds, each of all rows in turn, forwards and backwards."
+    yield f"Rounds: {settings['rounds']}, each of all rows in turn, forwards and backwards."
     yield f"Scheduler {settings['scheduler'] or 'of the model'}, guidance scale {scale}."
     yield "**ratio** is of times, to vanilla by the same engine in the same round."
     yield "**bound** is that of multiply-accumulates in linear and convolution layers."
