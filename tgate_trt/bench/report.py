@@ -32,7 +32,8 @@ class Table:
 
     def rich(self) -> RichTable:
         """This table for a terminal."""
-        table = RichTable(title=self.title, title_justify="left", caption=" ".join(self.notes).replace("*", ""), caption_justify="left", box=None)
+        notes = " ".join(self.notes).replace("*", "")
+        table = RichTable(title=self.title, title_justify="left", caption=notes, caption_justify="left", box=None)
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in self.rows:
