@@ -102,8 +102,10 @@ class PyTorchEngine:
             raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
         taken = {tensor.name: given(self._spec, inputs, tensor) for tensor in self._spec.inputs}
         made = {tensor.name: given(self._spec, outputs, tensor) for tensor in self._spec.outputs}
-        for tensor in (*self._spec.inputs, *self._spec.outputs):
-            check(self._spec, tensor, {**taken, **made}[tensor.name], self._device)
+        for tensor in self._spec.inputs:
+            check(self._spec, tensor, taken[tensor.name], self._device)
+        for tensor in self._spec.outputs:
+            check(self._spec, tensor, made[tensor.name], self._device)
         with torch.inference_mode(), self._on(stream):
             if self._device.type == "cuda" and self._options.cuda_graphs:
                 self._replay(taken, made)

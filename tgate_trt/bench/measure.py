@@ -29,7 +29,6 @@ from tgate_trt.bundle import TRACE, Bundle
 from tgate_trt.demo.dataset import Captioned, examples
 from tgate_trt.errors import InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.record import describe
 from tgate_trt.schedule import DEFAULT_GATE_STEP
 
 logger = logging.getLogger(__name__)
@@ -288,11 +287,6 @@ def device_of(backends: Sequence[str]) -> torch.device:
 
     on_gpu = torch.cuda.is_available() and ("onnxruntime" not in backends or cuda_is_available())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-def subject_of(measurement: Measurement) -> dict[str, Any]:
-    """The bundle, as a record names it."""
-    return describe(measurement.studio.bundle)
 
 
 def conditions_of(measurement: Measurement) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tgate_trt.analysis.figure import check_available
 from tgate_trt.bench import growth
 from tgate_trt.bundle import replacing
 from tgate_trt.errors import InputError
+from tgate_trt.schedule import NONE
 
 _PHASES = {
     "planning step": ("planning steps", "#4c72b0"),
@@ -90,10 +91,10 @@ def _against_quality(axes: Any, record: Mapping[str, Any]) -> None:
     semantic = all(row["semantics"] for row in quality.values())
     ways: dict[str, list[tuple[float, tuple[float, float, float], str]]] = defaultdict(list)
     for name, row in quality.items():
-        way, _, gate = name.partition(" g=")
-        gate, _, mode = gate.partition(" ")
-        seconds = record["results"]["settings"][name]["seconds"]["median"]
-        ways[f"{way} {mode}".strip()].append((seconds, _of_semantics(row) if semantic else _of_distance(row), gate))
+        measured = record["results"]["settings"][name]
+        gate = "" if measured["setting"]["gate_step"] == NONE else str(measured["planning_steps"])
+        way = name.replace(f" g={gate}", "")
+        ways[way].append((measured["seconds"]["median"], _of_semantics(row) if semantic else _of_distance(row), gate))
     for way, points in ways.items():
         seconds, values, gates = zip(*sorted(points), strict=True)
         middle, low, high = zip(*values, strict=True)

@@ -11,7 +11,7 @@ import torch
 
 from tgate_trt import models
 from tgate_trt.bench import build_cost, growth, kernels, macs, probe
-from tgate_trt.bench.measure import Plan, conditions_of, prepare, subject_of
+from tgate_trt.bench.measure import Plan, conditions_of, prepare
 from tgate_trt.bundle import Bundle
 from tgate_trt.errors import InputError
 from tgate_trt.record import describe, environment, read, record_of
@@ -44,7 +44,7 @@ def pictures(plan: Plan, quality: QualityPlan | None, command: str) -> Iterator[
 
     def record(results: Any, judged: Any = None) -> Record:
         found = {"settings": results, "quality": judged}
-        return record_of("pictures", command, before, conditions_of(measurement), found, subject_of(measurement))
+        return record_of("pictures", command, before, conditions_of(measurement), found, describe(measurement.studio.bundle))
 
     with measurement.studio:
         for results in measurement.run():
