@@ -26,7 +26,15 @@ class OnnxRuntimeEngine:
     of the fidelity graph, are bound once.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, *, device: torch.device | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        *,
+        device: torch.device | None = None,
+        threads: int | None = None,
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Load a graph.
 
         Args:
@@ -34,6 +42,7 @@ class OnnxRuntimeEngine:
             spec: what the graph takes and gives.
             device: ``cpu`` or a CUDA device; a CUDA device where one can be used, if None.
             threads: CPU threads for one operator; as many as there are cores, if None.
+            changed: weights that differ from those of the file, by name.
 
         Raises:
             UnsupportedError: if the device or the dtype is not to be had here.
@@ -49,7 +58,7 @@ class OnnxRuntimeEngine:
                     f"ONNX Runtime has no {tensor.dtype} kernels for {tensor.name!r}; build with --precision fp32 or fp16"
                 )
         self._path, self._threads = path, threads
-        self._weights: dict[str, Any] = {}
+        self._weights = self._values(changed or {})
         self._closed = False
         self._session: Any = None
         self._binding: Any = None
@@ -82,12 +91,7 @@ class OnnxRuntimeEngine:
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
-        own = set(onnx_ir.load(self._path).graph.initializers)
-        self._weights = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().contiguous().numpy())
-            for name, tensor in weights.items()
-            if name in own
-        }
+        self._weights = self._values(weights)
         self.unload()
 
     def unload(self) -> None:
@@ -100,6 +104,15 @@ class OnnxRuntimeEngine:
         self._closed = True
         self._weights = {}
         self.unload()
+
+    def _values(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Those weights that this graph has, as ONNX Runtime takes them."""
+        own = set(onnx_ir.load(self._path).graph.initializers) if weights else ()
+        return {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().contiguous().numpy())
+            for name, tensor in weights.items()
+            if name in own
+        }
 
     def _load(self) -> None:
         self._session = _load(self._path, self._device, self._threads, self._weights)

@@ -51,6 +51,8 @@ class PyTorchEngine:
         recipe: Recipe,
         device: torch.device,
         options: PyTorchOptions | None = None,
+        *,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Put weights into an architecture, and cut it.
 
@@ -61,15 +63,17 @@ class PyTorchEngine:
             recipe: which taps are taken in and given out.
             device: ``cpu`` or a CUDA device.
             options: how to run.
+            changed: weights that differ from ``weights``, by name.
 
         Raises:
             BundleError: if the weights are not those of the architecture.
         """
         self._spec, self._device, self._options = spec, device, options or PyTorchOptions()
         self._weights = weights
-        self._replaced: set[str] = set()
+        own = self._own(changed or {})
+        self._replaced = set(own)
         try:
-            architecture.load_state_dict(dict(weights), assign=True)
+            architecture.load_state_dict({**weights, **own}, assign=True)
         except RuntimeError as error:
             raise BundleError(
                 f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}"
@@ -114,13 +118,16 @@ class PyTorchEngine:
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
-        own = {name: tensor for name, tensor in weights.items() if name in self._weights}
-        state = {name: self._weights[name] for name in self._replaced}
-        state |= {name: tensor.to(self._device, self._weights[name].dtype) for name, tensor in own.items()}
+        own = self._own(weights)
+        state = {name: self._weights[name] for name in self._replaced} | own
         self.unload()  # a captured graph reads the old ones where they lay
         self._denoiser.load_state_dict(state, strict=False, assign=True)
         self._denoiser.requires_grad_(False)
         self._replaced = set(own)
+
+    def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those weights that the denoiser has, on its device in its dtypes."""
+        return {name: tensor.to(self._device, self._weights[name].dtype) for name, tensor in weights.items() if name in self._weights}
 
     def unload(self) -> None:
         """Free the captured graphs and what they hold; the weights stay, for engines share them."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tgate_trt.errors import BundleError
+from tgate_trt.files import read_named
 
 
 class SharedWeights:
@@ -23,12 +23,12 @@ class SharedWeights:
             device: where they go.
 
         Raises:
-            BundleError: if a file cannot be read.
+            InputError: if a file cannot be read.
         """
         self._files = tuple(files)
         self._tensors: dict[str, Tensor] = {}
         self._replaced: set[str] = set()
-        for name, tensor in read_weights(self._files, None):
+        for name, tensor in read_named(self._files):
             self._tensors[name] = tensor.to(device)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -58,7 +58,7 @@ class SharedWeights:
                 raise BundleError(
                     f"{name!r} is {held.dtype} {list(held.shape)} in the bundle and cannot become {value.dtype} {list(value.shape)}"
                 )
-        for name, tensor in read_weights(self._files, self._replaced - set(weights)):
+        for name, tensor in read_named(self._files, self._replaced - set(weights)):
             self._tensors[name].copy_(tensor)
         for name, value in weights.items():
             self._tensors[name].copy_(value)
@@ -67,15 +67,3 @@ class SharedWeights:
     def close(self) -> None:
         """Free the weights."""
         self._tensors.clear()
-
-
-def read_weights(files: Sequence[Path], names: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of files one at a time, all of them or some by name."""
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    if names is None or name in names:
-                        yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{path} cannot be read: {error}; build the bundle again") from error

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tgate_trt.engines.base import check, given
-from tgate_trt.engines.shared_weights import SharedWeights, read_weights
+from tgate_trt.engines.shared_weights import SharedWeights
 from tgate_trt.engines.tensorrt_flavours import SPECIALISATIONS, Api, Flavour
 from tgate_trt.errors import BundleError, GateError, InputError, UnsupportedError
+from tgate_trt.files import read_named
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class TensorRTEngine:
         weights: SharedWeights | None = None,
         weight_files: Sequence[Path] = (),
         options: RuntimeOptions | None = None,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Load a plan.
 
@@ -114,6 +116,7 @@ class TensorRTEngine:
             weights: for a plan that takes weights as inputs.
             weight_files: safetensors files of the graph's weights, for a plan that was built without them.
             options: how to run it.
+            changed: weights that differ from those of the files, by name.
 
         Raises:
             UnsupportedError: if the flavour is not installed.
@@ -124,8 +127,12 @@ class TensorRTEngine:
         self._trt: Api = flavour.load()
         self._logger = _python_logger(self._trt)
         self._closed = False
-        self._refit: Mapping[str, Tensor] = {}
+        self._refit: Mapping[str, Tensor] = changed or {}
+        if changed and weights is not None:
+            weights.replace(changed)
         self._loaded: _Loaded | None = self._load()
+        if changed and weights is None and not self._loaded.engine.refittable:
+            raise UnsupportedError(self._holds_its_weights())
 
     @property
     def spec(self) -> GraphSpec:
@@ -167,10 +174,13 @@ class TensorRTEngine:
             return
         loaded = self._loaded = self._loaded or self._load()
         if not loaded.engine.refittable:
-            raise UnsupportedError(f"the {self._spec.name} engine holds its weights; build it with --weights shared to exchange them")
+            raise UnsupportedError(self._holds_its_weights())
         self._refit = dict(weights)
         self.unload()  # what was replaced before comes back with the plan
         self._loaded = self._load()
+
+    def _holds_its_weights(self) -> str:
+        return f"the {self._spec.name} engine holds its weights; build it with --weights shared to exchange them"
 
     def unload(self) -> None:
         """Free the plan, its weights and its CUDA graphs until the engine runs again; keeps TensorRT-RTX's compiled kernels."""
@@ -234,7 +244,7 @@ class TensorRTEngine:
         if not missing and not refit:
             return
         kept_alive = []  # TensorRT reads the host's memory when it refits, not before
-        for name, tensor in (*read_weights(self._weight_files, missing), *refit.items()):
+        for name, tensor in (*read_named(self._weight_files, missing), *refit.items()):
             on_host = tensor.cpu().contiguous()
             kept_alive.append(on_host)
             kind = getattr(self._trt.DataType, _KINDS[on_host.dtype])

@@ -236,7 +236,7 @@ def _build(task: Mapping[str, Any], log: Any) -> dict[str, Any]:
     """Build what a task says, and describe it."""
     flavour = FLAVOURS[task["backend"]]
     trt = flavour.load()
-    options, spec = PlanOptions.from_json(task["options"]), GraphSpec.from_json(task["name"], task["spec"])
+    options, spec = PlanOptions.from_json(task["options"]), GraphSpec.from_json(task["spec"])
     phases, errors = _Phases(), list[str]()
     signal.signal(signal.SIGINT, lambda *_: setattr(phases, "cancelled", True))
     start = time.perf_counter()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tgate_trt.errors import BuildError
 from tgate_trt.export.trace import trace_module
-from tgate_trt.export.weights import read_places
+from tgate_trt.files import places_of
 from tgate_trt.specs import TensorSpec
 
 LAST, PENULTIMATE, POOLED = "last_hidden_state", "penultimate_hidden_state", "text_embeds"
@@ -96,7 +96,7 @@ def attach(model: ir.Model, folder: Path, files: Sequence[Path]) -> None:
     Raises:
         BuildError: if a parameter is in none of them, or has another shape or dtype there.
     """
-    places = {name: (file, place) for file in files for name, place in read_places(file).items()}
+    places = {name: (file, place) for file in files for name, place in places_of(file).items()}
     for name, value in list(model.graph.initializers.items()):
         if not isinstance(value.const_value, ir.ExternalTensor):
             continue

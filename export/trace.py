@@ -47,7 +47,7 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
 
     Args:
         denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it is used up.
-        inputs: its signature, `tgate_trt.models.signature`.
+        inputs: its signature, `tgate_trt.models.signature.signature`.
 
     Returns:
         A model whose inputs are ``inputs``, whose output is ``noise_pred``, and whose initializers are the denoiser's

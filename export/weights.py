@@ -7,33 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from tgate_trt.errors import BuildError, BundleError
-from tgate_trt.specs import DTYPES
+from tgate_trt.eager import torch_dtype
+from tgate_trt.errors import BuildError
+from tgate_trt.files import HEADER_LENGTH_BYTES, Place
 
 WEIGHTS_FILE = "weights.safetensors"
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-_HEADER_LENGTH_BYTES = 8
 _ALIGNMENT = 64
 """Bytes to which the data section is aligned, so that a memory map of it can be read by vector loads."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor lies in the weights file."""
-
-    offset: int
-    """Bytes from the start of the file."""
-    length: int
-    """Bytes."""
-    shape: tuple[int, ...]
 
 
 def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]], precision: str) -> None:
@@ -50,7 +38,7 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[t
     Raises:
         BuildError: if the tensors do not come as ``shapes`` says.
     """
-    dtype: torch.dtype = getattr(torch, DTYPES[precision])
+    dtype = torch_dtype(precision)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -58,10 +46,10 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[t
         header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + length]}
         offset += length
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(_HEADER_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    text += b" " * (-(HEADER_LENGTH_BYTES + len(text)) % _ALIGNMENT)
     expected = iter(shapes.items())
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text)
+        file.write(len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text)
         for name, tensor in tensors:
             if (name, tuple(tensor.shape)) != next(expected, None) or tensor.dtype != dtype:
                 raise BuildError(
@@ -73,34 +61,12 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[t
         raise BuildError(f"the weights lack {missing[0]!r}, which the architecture expects")
 
 
-def read_places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file lies.
-
-    Raises:
-        BundleError: if the file is not safetensors.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        start = _HEADER_LENGTH_BYTES + length
-        return {
-            name: Place(start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0], tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} is not a safetensors file: {error}") from error
-
-
 def attach(model: ir.Model, places: Mapping[str, Place], folder: Path) -> None:
     """Point each parameter of a graph at its place in the weights file.
 
     Args:
         model: a graph whose initializers without data are parameters by name.
-        places: from `read_places`.
+        places: of the weights file, from `tgate_trt.files.places_of`.
         folder: folder of the weights file, where the graph is to be saved too.
 
     Raises:

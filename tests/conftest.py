@@ -140,10 +140,11 @@ def write_pipeline(folder: Path, configs: Path, *, seed: int = 0) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from tgate_trt import models
+    from tgate_trt.models.resolve import resolve
+    from tgate_trt.models.saving import save_rest
 
-    source = models.resolve(configs, random_weights=True, seed=seed)
-    source.save_rest(folder, torch.float32)
+    source = resolve(configs, random_weights=True, seed=seed)
+    save_rest(source, folder, "fp32")
     loud = ("attn2.to_v.weight", "attn2.to_out.0.weight")
     tensors = {name: tensor * CROSS_ATTENTION_GAIN if name.endswith(loud) else tensor for name, tensor in source.tensors(torch.float32)}
     save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

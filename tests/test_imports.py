@@ -1,8 +1,9 @@
-"""Imports go one way through the rooms, and the package itself loads nothing heavy."""
+"""Imports go one way through the rooms, in no circle, and the package itself loads nothing heavy."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,47 +12,79 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"errors", "specs", "models", "taps", "eager"}
-"""Modules of `tgate_trt` on which every room may stand."""
-ALLOWED = {
-    "export": FOUNDATION | {"export"},
-    "engines": FOUNDATION | {"engines", "kernels"},
-    "kernels": FOUNDATION | {"kernels"},
-    "tgate_trt": FOUNDATION | {"export", "engines", "kernels"},
-}
+FOLDERS = {"tgate_trt": ROOT / "tgate_trt"} | {f"tgate_trt.{room}": ROOT / room for room in ("export", "engines", "kernels")}
+"""The folder of each package that setuptools maps, by its name when installed."""
+
+FOUNDATION = ("errors", "specs", "taps", "eager", "files", "children")
+"""Modules of `tgate_trt` on which every room may stand; `tgate_trt.demo` itself is one more: it holds constants alone."""
+
+ORDER: tuple[tuple[str, ...], ...] = (
+    FOUNDATION,
+    ("kernels", "export", "models"),
+    ("engines",),
+    ("gate",),
+    ("bundle",),
+    ("building", "running"),
+    ("demo",),
+    ("analysis",),
+    ("bench",),
+    ("cli",),
+)
+"""Rooms from the ground up. A room imports rooms of the lines above its own, never one beside it."""
+
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the four folders, by the name under which it is installed."""
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Each name under ``tgate_trt`` that a file imports, such as ``specs`` or ``export.trace``."""
+    """Each module of the package that a file imports anywhere: at its top, inside a function, or for its types alone."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            if node.module == "tgate_trt":
-                yield from (alias.name for alias in node.names)
-            elif node.module and node.module.startswith("tgate_trt."):
-                yield node.module.removeprefix("tgate_trt.")
+            module = node.module or ""
+            for alias in node.names:
+                name = f"{module}.{alias.name}"
+                if name in MODULES:
+                    yield name
+                elif module in MODULES and module != "tgate_trt":
+                    yield module
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("tgate_trt.") for alias in node.names if alias.name.startswith("tgate_trt."))
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
 
 
-@pytest.mark.parametrize("room", ["export", "engines", "kernels"])
-def test_a_room_stands_on_the_foundation_only(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
-        for name in imports_of(path):
-            assert name.partition(".")[0] in ALLOWED[room], f"{path.relative_to(ROOT)} imports tgate_trt.{name}"
+IMPORTS = {module: set(imports_of(path)) - {module} for module, path in MODULES.items() if module != "tgate_trt"}
 
 
-def test_the_foundation_stands_on_itself() -> None:
-    for name in FOUNDATION:
-        for imported in imports_of(ROOT / "tgate_trt" / f"{name}.py"):
-            allowed = FOUNDATION | {"model_source", "demo", "lora"}
-            assert imported.partition(".")[0] in allowed, f"{name} imports tgate_trt.{imported}"
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-def test_nothing_imports_the_commands() -> None:
-    for path in (ROOT / "tgate_trt").rglob("*.py"):
-        if path.parent.name != "cli" and path.name != "__main__.py":
-            assert not any(name.startswith("cli") for name in imports_of(path)), path
+def test_every_room_has_its_place() -> None:
+    assert {room_of(module) for module in IMPORTS} == set(LEVELS)
+
+
+@pytest.mark.parametrize("room", LEVELS)
+def test_a_room_stands_on_the_rooms_below_it(room: str) -> None:
+    for module, imported in IMPORTS.items():
+        if room_of(module) != room:
+            continue
+        for name in imported - {"tgate_trt", "tgate_trt.demo"}:
+            other = room_of(name)
+            assert other == room or {room, other} <= set(FOUNDATION) or LEVELS[other] < LEVELS[room], f"{module} imports {name}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graphlib.TopologicalSorter(IMPORTS).prepare()
 
 
 def test_import_loads_nothing_heavy() -> None:

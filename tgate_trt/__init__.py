@@ -23,24 +23,24 @@ from tgate_trt.errors import (
 )
 
 if TYPE_CHECKING:
-    from tgate_trt.builder import build as build
-    from tgate_trt.bundle import Bundle as Bundle
-    from tgate_trt.denoiser import GatedDenoiser as GatedDenoiser
-    from tgate_trt.pipeline import apply as apply
-    from tgate_trt.pipeline import load as load
-    from tgate_trt.pipeline import remove as remove
-    from tgate_trt.refitting import refit as refit
-    from tgate_trt.schedule import GateSchedule as GateSchedule
+    from tgate_trt.building.builder import build as build
+    from tgate_trt.bundle.bundle import Bundle as Bundle
+    from tgate_trt.gate.denoiser import GatedDenoiser as GatedDenoiser
+    from tgate_trt.gate.schedule import GateSchedule as GateSchedule
+    from tgate_trt.running.pipeline import apply as apply
+    from tgate_trt.running.pipeline import load as load
+    from tgate_trt.running.pipeline import refit as refit
+    from tgate_trt.running.pipeline import remove as remove
 
 _LAZY = {
-    "Bundle": "bundle",
-    "GateSchedule": "schedule",
-    "GatedDenoiser": "denoiser",
-    "apply": "pipeline",
-    "build": "builder",
-    "load": "pipeline",
-    "refit": "refitting",
-    "remove": "pipeline",
+    "Bundle": "bundle.bundle",
+    "GateSchedule": "gate.schedule",
+    "GatedDenoiser": "gate.denoiser",
+    "apply": "running.pipeline",
+    "build": "building.builder",
+    "load": "running.pipeline",
+    "refit": "running.pipeline",
+    "remove": "running.pipeline",
 }
 """Module of each name that needs PyTorch, or leads to it: `import tgate_trt` alone loads none of it."""
 

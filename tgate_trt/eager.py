@@ -10,15 +10,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.specs import CACHE_PREFIX
+from tgate_trt.specs import CACHE_PREFIX, DTYPES
 from tgate_trt.taps import TAPPED_MODULES, Recipe, kind_of, tap_of
 
 ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Inputs that diffusers passes inside the dictionary ``added_cond_kwargs``."""
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of a precision, such as ``"fp16"``, or of a dtype's name, such as ``"float16"``."""
+    dtype: torch.dtype = getattr(torch, DTYPES.get(name, name))
+    return dtype
+
+
+def module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """A module of diffusers or transformers as its configuration describes it, in eval mode, with PyTorch's own initial weights.
+
+    Args:
+        kind: its class.
+        config: its ``config.json``; diffusers' has ``_class_name``.
+    """
+    if "_class_name" in config:
+        import diffusers
+
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        module: nn.Module = getattr(diffusers, kind).from_config(settings)
+    else:
+        import transformers
+
+        loader = getattr(transformers, kind)
+        module = loader(loader.config_class.from_dict(dict(config)))
+    return module.eval()
+
+
+def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """The same on the ``meta`` device: an architecture without weights."""
+    with torch.device("meta"):
+        return module_of(kind, config)
+
+
 def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor:
-    """Call a diffusers denoiser with its inputs by their names in `tgate_trt.models.signature`.
+    """Call a diffusers denoiser with its inputs by their names in `tgate_trt.models.signature.signature`.
 
     Args:
         denoiser: a UNet or a transformer of diffusers.

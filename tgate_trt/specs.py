@@ -93,6 +93,7 @@ class GraphSpec:
     def to_json(self) -> dict[str, Any]:
         """This spec as plain JSON data, every tensor with its min, opt and max shape."""
         return {
+            "name": self.name,
             "dimensions": {name: [b.minimum, b.optimum, b.maximum] for name, b in self.dimensions.items()},
             "inputs": [self._tensor_to_json(tensor) for tensor in self.inputs],
             "outputs": [self._tensor_to_json(tensor) for tensor in self.outputs],
@@ -112,7 +113,7 @@ class GraphSpec:
         }
 
     @classmethod
-    def from_json(cls, name: str, data: Mapping[str, Any]) -> GraphSpec:
+    def from_json(cls, data: Mapping[str, Any]) -> GraphSpec:
         """Read what `to_json` wrote.
 
         Raises:
@@ -120,13 +121,13 @@ class GraphSpec:
         """
         try:
             return cls(
-                name,
+                data["name"],
                 tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data["inputs"]),
                 tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data["outputs"]),
                 {key: Bounds(*sizes) for key, sizes in data["dimensions"].items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"the tensors of graph {name!r} are not described as this version expects: {error!r}") from error
+            raise BundleError(f"a graph's tensors are not described as this version expects ({error!r}); build the bundle again") from error
 
 
 CACHE_PREFIX = "cache."

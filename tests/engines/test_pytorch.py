@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tgate_trt import models
 from tgate_trt.eager import run_recipe
 from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
 from tgate_trt.errors import BundleError, GateError
 from tgate_trt.export.verify import random_inputs, relative_error
 from tgate_trt.kernels import cached_residual_layer_norm as kernel
+from tgate_trt.models.resolve import resolve
 from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS, recipe
 
@@ -50,7 +50,7 @@ def eager(folder: Path) -> nn.Module:
 
 
 def signature(folder: Path) -> tuple[TensorSpec, ...]:
-    return models.resolve(folder).signature(64, 64, "fp32")
+    return resolve(folder).signature(64, 64, "fp32")
 
 
 def spec_of(folder: Path, graph: str) -> GraphSpec:

@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tgate_trt.backends import EngineLoader
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import BuiltFor, BuiltFrom, EngineSet, Manifest
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tgate_trt.engines.shared_weights import SharedWeights
 from tgate_trt.engines.tensorrt import Arena, RuntimeOptions, TensorRTEngine
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour
 from tgate_trt.errors import BundleError, InputError, UnsupportedError
+from tgate_trt.models.source import ModelReference
+from tgate_trt.running.loading import EngineLoader
 from tgate_trt.specs import Bounds, GraphSpec, TensorSpec
 
 CPU = torch.device("cpu")
@@ -82,7 +84,7 @@ def test_shared_weights_refuse_what_does_not_fit(weights: Path, wrong: Tensor) -
 
 def test_weights_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"short")
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
         SharedWeights([tmp_path / "weights.safetensors"], CPU)
 
 
@@ -99,11 +101,9 @@ def test_a_plan_takes_a_gpu(sd_like_bundle: Bundle) -> None:
 @pytest.fixture
 def sd_like_bundle(tmp_path: Path) -> Bundle:
     """A manifest that names a plan, which is not read."""
-    from tgate_trt.bundle import EngineSet, Manifest
-
     manifest = Manifest(
-        model={"attribute": "unet"},
-        built_for={},
+        model=BuiltFrom("tiny", ModelReference("tiny"), "unet", 77, (), {"content": "c"}),
+        built_for=BuiltFor("fp32", 64, 64, Bounds(1, 1, 1), fuse_cache_reuse=True),
         built_with={},
         graphs={"fidelity": SPEC},
         engines={"tensorrt-rtx": EngineSet({"fidelity": "fidelity.plan"}, {"weights": "baked"})},

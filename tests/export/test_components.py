@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tgate_trt.bundle import PIPELINE
-from tgate_trt.components import Component, components_of, write_graph
+from tgate_trt.building.graphs import write_component_graph
+from tgate_trt.bundle.components import Component, components_of
+from tgate_trt.bundle.manifest import PIPELINE, BuiltFor
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tgate_trt.errors import BuildError
 from tgate_trt.export.components import run_component, trace_component
@@ -29,7 +30,7 @@ def folder(tiny_sd: Path, tmp_path: Path) -> Path:
 
 def component_of(folder: Path, graph: str) -> tuple[Component, GraphSpec]:
     component = components_of(folder / PIPELINE)[graph]
-    return component, component.spec("fp32", 64, 64, 77, Bounds(1, 1, 2))
+    return component, component.spec(BuiltFor("fp32", 64, 64, Bounds(1, 1, 2), fuse_cache_reuse=True), 77)
 
 
 def difference(folder: Path, graph: str) -> float:
@@ -45,7 +46,7 @@ def difference(folder: Path, graph: str) -> float:
 def test_a_large_picture_is_traced(folder: Path) -> None:
     """From 2³¹ numbers in a feature map on, diffusers takes another path: here from 9 pictures, in SDXL at 1024² from 17."""
     component = components_of(folder / PIPELINE)["vae_decoder"]
-    spec = component.spec("fp32", 8192, 8192, 77, Bounds(1, 1, 8))
+    spec = component.spec(BuiltFor("fp32", 8192, 8192, Bounds(1, 1, 8), fuse_cache_reuse=True), 77)
     model = trace_component(component.wrap(component.on_meta(torch.float32)), spec.inputs, 8)
     assert [str(value.shape) for value in model.graph.outputs] == [f"[{ROWS},3,8192,8192]"]
 
@@ -61,7 +62,7 @@ def test_weights_under_names_of_before_2023(folder: Path) -> None:
         tensors[head + attention + old.get(layer, layer) + dot + kind if attention else name] = tensor
     save_file(tensors, path, metadata={"format": "pt"})
     component, spec = component_of(folder, "vae_decoder")
-    write_graph(component, folder, spec)
+    write_component_graph(component, folder, spec)
     assert "decoder.mid_block.attentions.0.query.weight" in ir.load(folder / "vae_decoder.onnx").graph.initializers
     assert difference(folder, "vae_decoder") < 1e-5
 
@@ -76,7 +77,7 @@ def test_weights_in_several_files(folder: Path) -> None:
     path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
     path.unlink()
     component, spec = component_of(folder, "text_encoder")
-    write_graph(component, folder, spec)
+    write_component_graph(component, folder, spec)
     parameters = [value.const_value for value in ir.load(folder / "text_encoder.onnx").graph.initializers.values()]
     locations = {tensor.location for tensor in parameters if isinstance(tensor, ir.ExternalTensor)}
     assert locations == {f"{PIPELINE}/text_encoder/{file}" for file in shards}
@@ -89,7 +90,7 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
     tensors = load_file(path)
     save_file({name: tensor for name, tensor in tensors.items() if "final_layer_norm" not in name}, path)
     with pytest.raises(BuildError, match=r"do not hold '\S*final_layer_norm\.\w+' with shape"):
-        write_graph(component, folder, spec)
+        write_component_graph(component, folder, spec)
     save_file({name: tensor.half() for name, tensor in tensors.items()}, path)
     with pytest.raises(BuildError, match="in another dtype than FLOAT"):
-        write_graph(component, folder, spec)
+        write_component_graph(component, folder, spec)

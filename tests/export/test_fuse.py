@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 import torch
 
-from tgate_trt import models
 from tgate_trt.eager import run_recipe
 from tgate_trt.export.cut import cut
 from tgate_trt.export.fuse import DOMAIN, OP, fuse_cache_reuse, name_plugin
 from tgate_trt.export.trace import trace
+from tgate_trt.models.resolve import resolve
 from tgate_trt.specs import ROWS, TensorSpec
 from tgate_trt.taps import recipe
 
@@ -110,7 +110,7 @@ def test_the_plugin_takes_the_place_of_the_function() -> None:
 
 @pytest.mark.parametrize(("name", "places"), [("sd15", 16), ("sdxl", 70)])
 def test_real_architectures_have_a_place_a_cross_attention(name: str, places: int) -> None:
-    source = models.resolve(name, random_weights=True)
+    source = resolve(name, random_weights=True)
     denoiser = torch.nn.Module.to(source.denoiser_on_meta(), torch.float16)
     traced = trace(denoiser, source.signature(128, 128, "fp16"))
     fidelity = cut(traced, recipe("fidelity"))

@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from tgate_trt import models
 from tgate_trt.eager import run_recipe, tapped_modules
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tgate_trt.errors import VerificationError
@@ -19,6 +18,9 @@ from tgate_trt.export.cut import cut, spec_of
 from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
 from tgate_trt.export.verify import Check, Report, random_inputs, relative_error, verify
+from tgate_trt.files import places_of
+from tgate_trt.models.resolve import resolve
+from tgate_trt.models.source import ModelSource
 from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, Bounds, GraphSpec
 from tgate_trt.taps import GRAPHS, recipe
 
@@ -29,7 +31,7 @@ ROWS = Bounds(1, 2, MAXIMUM_ROWS)
 class Traced:
     """A trace with the files that its graphs need."""
 
-    source: models.ModelSource
+    source: ModelSource
     precision: str
     model: ir.Model
     folder: Path
@@ -39,7 +41,7 @@ class Traced:
         model = cut(self.model, recipe(name))
         if fuse:
             assert fuse_cache_reuse(model) == len(spec_of(model, name, ROWS).cache_inputs)
-        weights.attach(model, weights.read_places(self.folder / weights.WEIGHTS_FILE), self.folder)
+        weights.attach(model, places_of(self.folder / weights.WEIGHTS_FILE), self.folder)
         ir.save(model, self.folder / f"{name}.onnx")
         return model, spec_of(model, name, ROWS)
 
@@ -54,7 +56,7 @@ class Traced:
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """Each tiny architecture, traced in each precision."""
     pipeline, precision = request.param
-    source = models.resolve(request.getfixturevalue(pipeline))
+    source = resolve(request.getfixturevalue(pipeline))
     dtype = getattr(torch, DTYPES[precision])
     folder = tmp_path_factory.mktemp(f"{pipeline}-{precision}")
     weights.write(folder / weights.WEIGHTS_FILE, source.tensor_shapes(), source.tensors(dtype), precision)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tgate_trt.errors import BuildError, BundleError
+from tgate_trt.errors import BuildError, InputError
 from tgate_trt.export import weights
+from tgate_trt.files import places_of
 
 TENSORS = {"conv.weight": torch.randn(3, 2, 3, 3), "conv.bias": torch.randn(3), "scale": torch.randn(())}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
@@ -29,7 +30,7 @@ def test_places_point_at_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / weights.WEIGHTS_FILE
     weights.write(path, SHAPES, TENSORS.items(), "fp32")
     content = path.read_bytes()
-    for name, place in weights.read_places(path).items():
+    for name, place in places_of(path).items():
         raw = content[place.offset : place.offset + place.length]
         assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(place.shape), TENSORS[name])
 
@@ -53,8 +54,8 @@ def test_other_tensors_than_expected_are_refused(tmp_path: Path, tensors: list[t
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / weights.WEIGHTS_FILE
     path.write_bytes(content)
-    with pytest.raises(BundleError, match="not a safetensors file"):
-        weights.read_places(path)
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        places_of(path)
 
 
 def test_attach_refuses_a_parameter_of_another_shape(tmp_path: Path) -> None:

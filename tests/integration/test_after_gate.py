@@ -17,13 +17,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tgate_trt
-from tgate_trt.after_gate import AFTER_GATE
-from tgate_trt.backends import load_engine
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.cli import generate
-from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.errors import InputError
-from tgate_trt.generate import scheduler_of
+from tgate_trt.gate.after_gate import AFTER_GATE
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.running.drawing import scheduler_of
+from tgate_trt.running.loading import load_engine
 
 Pipelines = Callable[[str], Any]
 

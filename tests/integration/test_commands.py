@@ -13,7 +13,8 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from tgate_trt.bundle import MANIFEST, Bundle
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import MANIFEST
 from tgate_trt.cli import build, generate, inspect
 
 BIN = Path(sys.executable).parent
@@ -53,9 +54,9 @@ def copy(bundle: Path, to: Path) -> Path:
 
 def test_a_bundle_holds_its_weights_once(bundle: Path) -> None:
     manifest = Bundle.open(bundle, full=True).manifest
-    weights = manifest.files["weights.safetensors"]["size"]
+    weights = manifest.files["weights.safetensors"].size
     assert {"planning.onnx", "fidelity.onnx", "trace.onnx", "weights.safetensors"} <= set(manifest.files)
-    assert sum(file["size"] for name, file in manifest.files.items() if name.endswith(".onnx")) < weights
+    assert sum(file.size for name, file in manifest.files.items() if name.endswith(".onnx")) < weights
     assert not [name for name in manifest.files if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
 
 
@@ -106,7 +107,7 @@ def test_inspect_says_why_a_bundle_is_stale(bundle: Path, tmp_path: Path) -> Non
     folder = copy(bundle, tmp_path)
     data = json.loads((folder / MANIFEST).read_text())
     data["built_with"]["torch"] = "1.0"
-    data["model"]["content"] = "0" * 64
+    data["model"]["fingerprint"]["content"] = "0" * 64
     (folder / MANIFEST).write_text(json.dumps(data))
     result = run(inspect.app, folder)
     assert result.exit_code == 0
@@ -116,7 +117,7 @@ def test_inspect_says_why_a_bundle_is_stale(bundle: Path, tmp_path: Path) -> Non
 def test_inspect_says_when_the_model_is_gone(bundle: Path, tmp_path: Path) -> None:
     folder = copy(bundle, tmp_path)
     data = json.loads((folder / MANIFEST).read_text())
-    data["model"]["reference"] = str(tmp_path / "gone")
+    data["model"]["reference"]["model"] = str(tmp_path / "gone")
     (folder / MANIFEST).write_text(json.dumps(data))
     result = run(inspect.app, folder)
     assert result.exit_code == 0 and "is not here, so changes to it cannot be seen" in result.output

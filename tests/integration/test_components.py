@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableD
 from safetensors import safe_open
 
 import tgate_trt
-from tgate_trt.bundle import Bundle
-from tgate_trt.components import CompiledTextEncoder, CompiledVae
+from tgate_trt.building.verification import Task, verify
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import GateError
-from tgate_trt.verification import Task, verify
+from tgate_trt.models.source import ModelReference
+from tgate_trt.running.components import CompiledTextEncoder, CompiledVae
 
 PROMPTS = ["a red circle", "two blue squares"]
 ARGUMENTS = {"num_inference_steps": 3, "output_type": "pt", "height": 64, "width": 64}
@@ -63,7 +64,7 @@ def draw(pipeline: Any, **more: Any) -> torch.Tensor:
 
 
 def test_a_bundle_holds_the_components(model: str, bundle: Bundle) -> None:
-    assert set(bundle.manifest.model["components"]) == COMPONENTS[model]
+    assert set(bundle.manifest.model.components) == COMPONENTS[model]
     assert COMPONENTS[model] <= set(bundle.manifest.graphs)
 
 
@@ -152,7 +153,7 @@ def test_sdxls_vae_stays_in_fp32(tiny_sdxl: Path, tmp_path: Path) -> None:
         (file,) = (bundle.pipeline / name).glob("*.safetensors")
         with safe_open(file, "pt") as stored:
             assert {str(stored.get_tensor(key).dtype) for key in stored.keys()} == {dtype}  # noqa: SIM118
-    task = Task(str(tiny_sdxl), None, [], str(bundle.folder), "vae_decoder", "fp16", bundle.graph("vae_decoder").to_json(), 64, 64)
+    task = Task(ModelReference(str(tiny_sdxl)), bundle.folder, bundle.graph("vae_decoder"), bundle.manifest.built_for)
     report = verify(task)
     assert report["tolerance"] == 1e-4, "that of fp32"
     assert {check["rows"] for check in report["checks"]} == {1, 2}

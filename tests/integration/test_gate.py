@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import tgate_trt
-from tgate_trt.backends import load_engine
-from tgate_trt.bundle import Bundle
-from tgate_trt.denoiser import GatedDenoiser
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import GateError, InputError, UnsupportedError
-from tgate_trt.generate import SCHEDULERS, scheduler_of
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.running.drawing import SCHEDULERS, scheduler_of
+from tgate_trt.running.loading import load_engine
 
 Pipelines = Callable[[str], Any]
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tgate_trt
-from tgate_trt.backends import choose_backend
-from tgate_trt.bundle import Bundle
+from tgate_trt.building.staleness import state_of
+from tgate_trt.bundle.backends import choose_backend
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.engines.pytorch import PyTorchEngine
 from tgate_trt.errors import InputError, UnsupportedError
-from tgate_trt.inspection import state_of
 
 ARGUMENTS: dict[str, Any] = {"num_inference_steps": 5, "output_type": "latent", "height": 64, "width": 64}
 PROMPT = ["a red circle", "a small blue square"]

@@ -14,11 +14,12 @@ from peft.utils import get_peft_model_state_dict
 from typer.testing import CliRunner
 
 import tgate_trt
-from tgate_trt.bundle import Bundle, sha256
+from tgate_trt.building.staleness import state_of
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.cli import refit as command
 from tgate_trt.engines.tensorrt_flavours import RTX
 from tgate_trt.errors import InputError, StaleBundleError, UnsupportedError
-from tgate_trt.inspection import state_of
+from tgate_trt.files import sha256
 
 ARGUMENTS = {"num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64}
 
@@ -84,10 +85,10 @@ def test_from_a_to_b_to_a_leaves_a(bundle: Path, loras: dict[str, Path]) -> None
     pictures = {}
     for step, name in enumerate("aba"):
         held = tgate_trt.refit(bundle, [str(loras[name])]).manifest.lora
-        assert [entry["name"] for entry in held] == [f"{name}.safetensors"]
+        assert [entry.name for entry in held] == [f"{name}.safetensors"]
         pictures[step] = draw(load(bundle))
     assert torch.equal(pictures[0], pictures[2]) and not torch.equal(pictures[0], pictures[1])
-    assert tgate_trt.refit(bundle).manifest.lora == []
+    assert tgate_trt.refit(bundle).manifest.lora == ()
     assert torch.equal(draw(load(bundle)), built)
     assert {path: sha256(path) for path in bundle.rglob("*.safetensors")} == weights
     assert not state_of(Bundle.open(bundle)).stale

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.stand_in_tokenizer import save_clip
+from tgate_trt.models.stand_in_tokenizer import save_clip
 
 _VOCABULARY = 600
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}

@@ -18,7 +18,7 @@ SPEC = GraphSpec(
 
 
 def test_a_spec_survives_json() -> None:
-    assert GraphSpec.from_json("fidelity", json.loads(json.dumps(SPEC.to_json()))) == SPEC
+    assert GraphSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
 
 
 def test_json_holds_min_opt_and_max_shapes() -> None:
@@ -31,12 +31,10 @@ def test_cache_tensors_are_found() -> None:
     assert SPEC.cache_outputs == ()
 
 
-@pytest.mark.parametrize(
-    "data", [{}, {"inputs": 3}, {"inputs": [], "outputs": [{}], "dimensions": {}}, {"inputs": [], "outputs": [], "dimensions": []}]
-)
+@pytest.mark.parametrize("data", [{}, {"inputs": 3}, {"outputs": [{}]}, {"dimensions": []}])
 def test_other_json_is_refused(data: dict[str, object]) -> None:
-    with pytest.raises(BundleError, match="fidelity"):
-        GraphSpec.from_json("fidelity", data)
+    with pytest.raises(BundleError, match="are not described as this version expects"):
+        GraphSpec.from_json({**SPEC.to_json(), **data} if data else {})
 
 
 @pytest.mark.parametrize(("text", "bounds"), [("1:2:4", Bounds(1, 2, 4)), ("3", Bounds(3, 3, 3))])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.denoiser import schedule_of
-from tgate_trt.schedule import NONE, GateSchedule
+from tgate_trt.gate.denoiser import schedule_of
+from tgate_trt.gate.schedule import NONE, GateSchedule
 
 
 @dataclass(frozen=True)

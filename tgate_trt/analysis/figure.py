@@ -10,13 +10,13 @@ from tgate_trt.analysis.convergence import ALL_LAYERS, Convergence
 from tgate_trt.analysis.intervals import Band
 from tgate_trt.analysis.null_text import TEXT_FIRST, TEXT_LAST
 from tgate_trt.analysis.outcomes import Series
+from tgate_trt.analysis.plotting import check_available
 from tgate_trt.analysis.suggestion import ACCURACY_RULE, CONVERGENCE_RULE
-from tgate_trt.bundle import replacing
-from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.files import replacing
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION
 
 if TYPE_CHECKING:
-    from tgate_trt.analysis.study import Study
+    from tgate_trt.analysis.results import Study
 
 Panel = Callable[[Any, "Study"], None]
 """Draws on one pair of axes."""
@@ -46,24 +46,6 @@ _GATE = "gate"
 
 _DISTANCE = "perceptual distance to vanilla"
 _RIGHT = "pictures with every attribute right"
-
-
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_available(path: Path | None = None) -> None:
-    """See that figures can be drawn here, and written to a file if one is named.
-
-    Raises:
-        UnsupportedError: if matplotlib is not installed.
-        InputError: if the file is of another kind than `FORMATS`.
-    """
-    if path is not None and path.suffix.lower() not in FORMATS:
-        raise InputError(f"a figure is a file of {', '.join(FORMATS)}; got {path}")
-    try:
-        import matplotlib.figure  # noqa: F401 - whether it can be imported is the question
-    except ImportError:
-        raise UnsupportedError('a figure takes matplotlib, which is not installed; pip install "tgate-trt[bench]"') from None
 
 
 def save(study: Study, path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tgate_trt.analysis.calls import Call, watching
 from tgate_trt.analysis.outcomes import Outcome, Series
 from tgate_trt.analysis.subject import Subject
-from tgate_trt.schedule import NONE
+from tgate_trt.gate.schedule import NONE
 
 TEXT_FIRST, TEXT_LAST = "text first", "text last"
 """S^F and S^L."""

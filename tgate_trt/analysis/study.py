@@ -7,8 +7,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +15,23 @@ import torch
 
 from tgate_trt.analysis import convergence, figure, gate_sweep, null_text
 from tgate_trt.analysis.convergence import Convergence
-from tgate_trt.analysis.outcomes import DISTANCE, Series
+from tgate_trt.analysis.outcomes import Series
+from tgate_trt.analysis.plotting import check_available
+from tgate_trt.analysis.record import describe, environment
+from tgate_trt.analysis.results import Study
 from tgate_trt.analysis.subject import Sampling, Subject, check_weights
-from tgate_trt.analysis.suggestion import Suggestion, suggest
-from tgate_trt.builder import build
-from tgate_trt.bundle import MANIFEST, Bundle, replace_file
+from tgate_trt.analysis.suggestion import suggest
+from tgate_trt.building.builder import build
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import MANIFEST
 from tgate_trt.errors import InputError
-from tgate_trt.record import describe, environment
-from tgate_trt.schedule import DEFAULT_GATE_STEP, planning_steps
+from tgate_trt.files import replace_file
+from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, planning_steps
 from tgate_trt.taps import CROSS_ATTENTION
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("convergence", "null-text", "gate")
-SCHEMA = 1
-"""Version of the results' form."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """What was found out about one model; None is what was not asked for."""
-
-    subject: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    steps: int
-    own_gate_step: int
-    """Where the bundle's gate stands by default."""
-    curves: Mapping[str, Mapping[str, Convergence]] | None
-    """By kind of attention and group of layers."""
-    null_text: Mapping[str, Series] | None
-    """By order."""
-    gates: Series | None
-    suggestion: Suggestion
-
-    @property
-    def name(self) -> str:
-        """Of the model."""
-        name: str = self.subject["model"]
-        return name
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, for a file of results."""
-        return {
-            "schema": SCHEMA,
-            "what": "analysis",
-            **self.environment,
-            "subject": dict(self.subject),
-            "settings": dict(self.settings),
-            "definitions": {
-                "convergence": "D_t = ‖C_t − C_{t+1}‖₂ for t = 1 … T − 1; absolute, and relative to ‖C_t‖₂",
-                "text first": "text in the first m steps, the null prompt after; m in 'at'",
-                "text last": "the null prompt in the first m steps, text after; m in 'at'",
-                "gate": "planning steps g in 'at'",
-                "distance": DISTANCE,
-                "accuracy": "share of pictures that show every attribute of their caption, with Wilson's 95 % interval",
-                "low, high": "95 % interval of the mean over pictures",
-            },
-            "suggestion": self.suggestion.to_json(),
-            "convergence": self.curves and {kind: {n: c.to_json() for n, c in groups.items()} for kind, groups in self.curves.items()},
-            "null_text": self.null_text and {order: series.to_json() for order, series in self.null_text.items()},
-            "gate": self.gates and self.gates.to_json(),
-        }
 
 
 def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -169,7 +123,7 @@ def analyze_and_save(
     """
     check_parts(parts)
     if output is not None or plot is not None:
-        figure.check_available(plot)
+        check_available(plot)
     for folder in [path for path in (output, *(file.parent for file in (json_file, plot) if file is not None)) if path is not None]:
         _make(folder)
     study = analyze(model, sampling, parts=parts, backend=backend, random_weights=random_weights)

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgate_trt.analysis.outcomes import Outcome, compare
-from tgate_trt.backends import UNCOMPILED
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.backends import UNCOMPILED
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.demo.dataset import Captioned, examples, parse
-from tgate_trt.denoiser import GatedDenoiser
 from tgate_trt.errors import InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.generate import scheduler_of
-from tgate_trt.pipeline import load
-from tgate_trt.refitting import fused, loras_of
-from tgate_trt.schedule import NONE, GateStep
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.schedule import NONE, GateStep
+from tgate_trt.running.drawing import scheduler_of
+from tgate_trt.running.pipeline import load
 from tgate_trt.specs import MAXIMUM_ROWS
 
 DEMO_MODEL = "shapes"
@@ -57,7 +57,7 @@ class Sampling:
     """Picture i starts from the noise of ``seed + i``; also draws the demo model's captions."""
     guidance_scale: float | None = None
     scheduler: str | None = None
-    """One of `tgate_trt.generate.SCHEDULERS`."""
+    """One of `tgate_trt.running.drawing.SCHEDULERS`."""
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -79,11 +79,11 @@ class Subject:
         self.bundle = bundle
         self.sampling = sampling
         self.steps = sampling.steps or bundle.manifest.steps
-        self.prompts, self.captioned = prompts_of(sampling, is_demo=bundle.manifest.model["name"] == DEMO_MODEL)
+        self.prompts, self.captioned = prompts_of(sampling, is_demo=bundle.manifest.model.name == DEMO_MODEL)
         self.pipeline: Any = load(bundle, backend=backend)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler = scheduler_of(self.pipeline, sampling.scheduler)
-        self.backend: str = self.denoiser.built_from[1]
+        self.backend: str = self.denoiser.origin[1]
         self.batch_size = _batch_size(bundle, self.backend)
 
     @property
@@ -152,13 +152,12 @@ class Subject:
 
     @property
     def _attribute(self) -> str:
-        attribute: str = self.bundle.manifest.model["attribute"]
-        return attribute
+        return self.bundle.manifest.model.attribute
 
     def _run(self, prompts: Sequence[str], numbers: Iterable[int], *, steps: int, output_type: str) -> Tensor:
         """Call the pipeline once, from the noise of pictures by their numbers."""
         built_for = self.bundle.manifest.built_for
-        arguments: dict[str, Any] = {"height": built_for["height"], "width": built_for["width"]}
+        arguments: dict[str, Any] = {"height": built_for.height, "width": built_for.width}
         if self.guidance_scale is not None:
             arguments["guidance_scale"] = self.guidance_scale
         if "use_resolution_binning" in signature(self.pipeline.__call__).parameters:
@@ -200,7 +199,7 @@ def eager_denoiser(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
     """The denoiser in eager PyTorch, with the bundle's weights and the LoRAs that were put into it; see `check_weights`."""
     denoiser = bundle.denoiser_on_meta(dtype)
     denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(bundle.folder / WEIGHTS_FILE).items()}, assign=True)
-    denoiser.load_state_dict(fused(bundle, loras_of(bundle), bundle.manifest.model["attribute"]), strict=False)
+    denoiser.load_state_dict(BundleLoras.read(bundle).weights(bundle.manifest.model.attribute), strict=False)
     return denoiser.eval().requires_grad_(False)
 
 
@@ -232,8 +231,9 @@ def _captioned(sampling: Sampling) -> list[Captioned] | None:
 
 def _batch_size(bundle: Bundle, backend: str) -> int:
     """Pictures in one call of the pipeline: as many as the engines take, or of small pictures more where they take any number."""
-    built_for, most = bundle.manifest.built_for, bundle.manifest.batch_size.maximum
+    built_for = bundle.manifest.built_for
+    most = built_for.batch_size.maximum
     if backend not in UNCOMPILED:
         return most
-    pixels: int = built_for["height"] * built_for["width"]
+    pixels = built_for.height * built_for.width
     return min(max(most, _PIXELS // pixels), MAXIMUM_ROWS // 2)

@@ -20,10 +20,11 @@ from typing import IO, Any
 
 import torch
 
-from tgate_trt import models
-from tgate_trt.backends import ONNXRUNTIME
-from tgate_trt.bundle import MANIFEST, Bundle
+from tgate_trt.bundle.backends import ONNXRUNTIME
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import MANIFEST
 from tgate_trt.errors import BuildError, InputError
+from tgate_trt.models.resolve import resolve
 from tgate_trt.specs import DTYPES, PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def measure(
     """Build an architecture with random weights in a process of its own, and watch it.
 
     Args:
-        model: a name of `tgate_trt.models.ARCHITECTURES`, or a diffusers folder.
+        model: a name of `tgate_trt.models.architectures.ARCHITECTURES`, or a diffusers folder.
         precision: of `tgate_trt.specs.PRECISIONS`.
         folder: of the bundle; must not exist.
         engines: to build.
@@ -143,7 +144,7 @@ def measure(
         raise InputError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if folder.exists():
         raise InputError(f"{folder} is there already; a measured build must be a new one, so move it away or choose another --bundle")
-    source = models.resolve(model, random_weights=True)
+    source = resolve(model, random_weights=True)
     arguments = ["--model", model, "--random-weights", "--precision", precision, *engines.arguments(), "--no-verify"]
     arguments += ["--graphs", ",".join(graphs), "--output", str(folder)]
     if size is not None:
@@ -189,7 +190,7 @@ def disk_of(folder: Path, denoiser: int) -> dict[str, int]:
     """
     bundle = Bundle.open(folder)
     rest = sum(_tensor_bytes(path) for path in bundle.pipeline.rglob("*.safetensors"))
-    sizes = {name: file["size"] for name, file in bundle.manifest.files.items()}
+    sizes = {name: file.size for name, file in bundle.manifest.files.items()}
     held = sum(sizes.values()) + (folder / MANIFEST).stat().st_size
     plans = {name: size for name, size in sizes.items() if name.endswith(".plan")}
     return {"bundle": held, "plans": sum(plans.values()), "denoiser_weights": denoiser, "pipeline_weights": denoiser + rest}

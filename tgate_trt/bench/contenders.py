@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from tgate_trt.analysis.subject import eager_denoiser
-from tgate_trt.backends import EngineLoader
 from tgate_trt.bench.macs import Macs, macs_of_graph
 from tgate_trt.bench.settings import COMPILED, OFFICIAL, Setting
 from tgate_trt.bench.stopwatch import Stopwatch, Watched
-from tgate_trt.bundle import Bundle
-from tgate_trt.denoiser import GatedDenoiser
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError, UnsupportedError
-from tgate_trt.generate import scheduler_of
-from tgate_trt.pipeline import pipeline_of
-from tgate_trt.schedule import NONE, GateStep
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.schedule import NONE, GateStep
+from tgate_trt.running.drawing import scheduler_of
+from tgate_trt.running.loading import EngineLoader
+from tgate_trt.running.pipeline import pipeline_of
 from tgate_trt.specs import DTYPES
 
 PLANNING, FIDELITY, HAND_OFF, TEXT, VAE = "planning step", "fidelity step", "hand-off", "text encoding", "VAE"
@@ -51,7 +51,7 @@ class Conditions:
     def arguments(self, bundle: Bundle, steps: int | None = None) -> dict[str, Any]:
         """Of a pipeline's call, but for prompt and noise."""
         built_for = bundle.manifest.built_for
-        arguments = {"height": built_for["height"], "width": built_for["width"], "num_inference_steps": steps or self.steps}
+        arguments: dict[str, Any] = {"height": built_for.height, "width": built_for.width, "num_inference_steps": steps or self.steps}
         if self.guidance_scale is not None:
             arguments["guidance_scale"] = self.guidance_scale
         return arguments
@@ -109,15 +109,14 @@ class Studio:
     @property
     def dtype(self) -> torch.dtype:
         """Of pipelines: the bundle's precision on a GPU, fp32 on a CPU."""
-        precision = self.bundle.manifest.built_for["precision"] if self.device.type == "cuda" else "fp32"
+        precision = self.bundle.manifest.built_for.precision if self.device.type == "cuda" else "fp32"
         dtype: torch.dtype = getattr(torch, DTYPES[precision])
         return dtype
 
     @property
     def attribute(self) -> str:
         """Of a pipeline's denoiser."""
-        name: str = self.bundle.manifest.model["attribute"]
-        return name
+        return self.bundle.manifest.model.attribute
 
     @cached_property
     def architecture(self) -> nn.Module:
@@ -148,7 +147,7 @@ class Studio:
     def our_pipeline(self, backend: str) -> Any:
         """The bundle's pipeline around a backend's engines, but for the denoiser's."""
         if backend not in self._pipelines:
-            pipeline = pipeline_of(self.bundle, self._loader(backend), self.device, components=self.components)
+            pipeline = pipeline_of(self.bundle, self._loader(backend), components=self.components)
             for name, part in pipeline.components.items():
                 if isinstance(part, nn.Module) and name != self.attribute:  # which has no weights to move
                     part.to(self.device)
@@ -203,7 +202,7 @@ class _Ours:
 
     @property
     def engine(self) -> str:
-        return f"{self.setting.backend} {self.studio.bundle.manifest.built_for['precision']}"
+        return f"{self.setting.backend} {self.studio.bundle.manifest.built_for.precision}"
 
     @property
     def pipeline(self) -> Any:

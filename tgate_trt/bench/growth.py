@@ -20,18 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tgate_trt import children, models
-from tgate_trt.backends import ONNXRUNTIME, load_engine
+from tgate_trt import children
+from tgate_trt.analysis.record import environment
 from tgate_trt.bench import build_cost
 from tgate_trt.bench.macs import macs_of_graph, rows_of_step
 from tgate_trt.bench.memory import anonymous
 from tgate_trt.bench.spread import spread
 from tgate_trt.bench.units import gigabytes, seconds
-from tgate_trt.bundle import Bundle, replacing
+from tgate_trt.bundle.backends import ONNXRUNTIME
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError
 from tgate_trt.export.verify import random_inputs
-from tgate_trt.models import ModelSource
-from tgate_trt.record import environment
+from tgate_trt.files import replacing
+from tgate_trt.models.resolve import resolve
+from tgate_trt.models.source import ModelSource
+from tgate_trt.running.loading import load_engine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +78,7 @@ def measure(
     """Measure models, those apart that were measured before by the same commit and packages in the same way.
 
     Args:
-        names: of `tgate_trt.models.ARCHITECTURES`, or diffusers folders.
+        names: of `tgate_trt.models.architectures.ARCHITECTURES`, or diffusers folders.
         known: what an earlier run gave, which this one goes on from; what it holds of other models stays.
         size: side of the pictures in pixels; the model's own, or 256 if that is less, if None.
         threads: CPU threads of a step; one a core if None.
@@ -89,7 +92,7 @@ def measure(
         InputError: if there is no such model.
         BuildError: if a model cannot be built or stepped.
     """
-    sources = [models.resolve(name, random_weights=True) for name in names]
+    sources = [resolve(name, random_weights=True) for name in names]
     record: dict[str, Any] = {"models": dict((known or {}).get("models", {}))}
     for source in sources:
         side = size or min(source.height, source.width, _LARGEST_SIZE)
@@ -114,7 +117,7 @@ def is_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 def _measure(source: ModelSource, side: int, threads: int | None, folder: Path) -> dict[str, Any]:
     logger.info("%s: building …", source.name)
     engines, worked = build_cost.Engines(ONNXRUNTIME), _cpu_of_children()
-    build = build_cost.measure(source.reference, PRECISION, folder, engines, size=side, graphs=GRAPHS, keep=True)
+    build = build_cost.measure(source.reference.model, PRECISION, folder, engines, size=side, graphs=GRAPHS, keep=True)
     build["cpu_seconds"] = _cpu_of_children() - worked
     build["arguments"] = [source.name if argument == str(folder) else argument for argument in build["arguments"]]
     logger.info("%s: built in %.0f s", source.name, build["seconds"])
@@ -135,7 +138,7 @@ def _cpu_of_children() -> float:
 def _steps(task: Task) -> dict[str, Any]:
     logger.info("%s step …", task.graph)
     load = os.getloadavg()[0]
-    found = children.run(__name__, task, f"a {task.graph} step", "if memory ran out, free some, or measure at a smaller size")
+    found = children.run(_step, task, f"a {task.graph} step", "if memory ran out, free some, or measure at a smaller size")
     macs = macs_of_graph(Path(task.bundle) / f"{task.graph}.onnx", task.rows)
     result = {"rows": task.rows, "macs": asdict(macs), "load_average_before": load, **found}
     logger.info("%s step: %.3g s", task.graph, result["seconds"]["median"])
@@ -301,7 +304,3 @@ def _by_parameters(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, An
 def _seconds(elapsed: Mapping[str, Any], worked: float) -> str:
     median, low, high = (seconds(elapsed[key]) for key in ("median", "p10", "p90"))
     return f"{median} ({low} … {high}), {seconds(worked)}"
-
-
-if __name__ == "__main__":
-    children.answer(_step, Task)

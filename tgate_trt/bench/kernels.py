@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tgate_trt.bench.spread import ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
 from tgate_trt.errors import UnsupportedError
 from tgate_trt.export.verify import random_inputs

@@ -15,11 +15,12 @@ from typing import TypeVar
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from tgate_trt import models
 from tgate_trt.errors import BuildError
 from tgate_trt.export.cut import cut
 from tgate_trt.export.trace import trace
-from tgate_trt.schedule import planning_steps
+from tgate_trt.gate.schedule import planning_steps
+from tgate_trt.models.resolve import resolve
+from tgate_trt.models.source import ModelSource
 from tgate_trt.taps import CROSS_ATTENTION, TAPPED_MODULES, recipe
 
 GATES = (5 / 25, 10 / 25)
@@ -221,14 +222,14 @@ def cost_of(model: str) -> ModelCost:
     """Trace a model's architecture, cut it, and count the graphs; no weights are read, drawn or held.
 
     Args:
-        model: a name of `tgate_trt.models.ARCHITECTURES`, or a diffusers folder.
+        model: a name of `tgate_trt.models.architectures.ARCHITECTURES`, or a diffusers folder.
 
     Raises:
         InputError: if there is no such model.
         UnsupportedError: if its denoiser is of a kind that this version does not build.
         BuildError: if PyTorch cannot trace it.
     """
-    source = models.resolve(model, random_weights=True)
+    source = resolve(model, random_weights=True)
     traced = trace(source.denoiser_on_meta(), source.signature(source.height, source.width, "fp32"))
     graphs = {name: cut(traced, recipe(name)) for name in ("vanilla", "planning", "fidelity")}
     rows = rows_of_step(source)
@@ -247,7 +248,7 @@ def cost_of(model: str) -> ModelCost:
     )
 
 
-def rows_of_step(source: models.ModelSource) -> int:
+def rows_of_step(source: ModelSource) -> int:
     """Rows of an image before the gate: two under guidance, one where the guidance scale is an input of the denoiser, as in LCM."""
     return 1 if source.denoiser_config().get("time_cond_proj_dim") else 2
 

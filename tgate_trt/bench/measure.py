@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgate_trt import engine_sets
-from tgate_trt.after_gate import AFTER_GATE, DEFAULT_AFTER_GATE
-from tgate_trt.backends import choose_backend
 from tgate_trt.bench.contenders import FIDELITY, HAND_OFF, OUTSIDE, PARTS, PLANNING, Conditions, Contender, Studio
 from tgate_trt.bench.memory import available, peak_memory
 from tgate_trt.bench.quality import draw, quality
 from tgate_trt.bench.settings import Setting, settings_of
 from tgate_trt.bench.spread import ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
-from tgate_trt.builder import add_graph
-from tgate_trt.bundle import TRACE, Bundle
+from tgate_trt.building.builder import add_graph
+from tgate_trt.building.engines import stale_engine_reasons
+from tgate_trt.bundle.backends import choose_backend
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import TRACE
 from tgate_trt.demo.dataset import Captioned, examples
 from tgate_trt.errors import InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.schedule import DEFAULT_GATE_STEP
+from tgate_trt.gate.after_gate import AFTER_GATE, DEFAULT_AFTER_GATE
+from tgate_trt.gate.schedule import DEFAULT_GATE_STEP
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Plan:
     steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
-    """Of `tgate_trt.generate.SCHEDULERS`, or ``"own"`` for the model's; DPM-Solver++ if None, but for LCM, which has its own."""
+    """Of `tgate_trt.running.drawing.SCHEDULERS`, or ``"own"`` for the model's; DPM-Solver++ if None, but for LCM, which has its own."""
     images: int = 1
     rounds: int = 5
     threads: int | None = None
@@ -162,7 +163,7 @@ class Measurement:
         scale = self.studio.conditions.guidance_scale
         if scale is None:
             scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-        size = {side: bundle.manifest.built_for[side] for side in ("height", "width")}
+        size = {side: getattr(bundle.manifest.built_for, side) for side in ("height", "width")}
         steps, seed = self.studio.conditions.steps, self.plan.seed
         return draw(pipeline, prompts, steps=steps, guidance_scale=scale, seed=seed, batch_size=batch_size, **size)
 
@@ -276,7 +277,7 @@ def refuse_unfair(bundle: Bundle, backends: Sequence[str]) -> None:
         StaleBundleError: if engines are of another version than those that would be built beside them.
     """
     for backend in backends:
-        reasons = engine_sets.stale_reasons(backend, bundle.manifest.engines[backend], None)
+        reasons = stale_engine_reasons(backend, bundle.manifest.engines[backend], None)
         if reasons:
             raise StaleBundleError(f"a comparison would not be fair: {'; '.join(reasons)}; build the bundle again with tgate-build")
 
@@ -313,12 +314,12 @@ def _scheduler(bundle: Bundle, name: str | None) -> str | None:
 
 def _held_out(bundle: Bundle, samples: int) -> list[Captioned]:
     """Held-out captions, where the bundle is of the demo model."""
-    return examples(samples, held_out=True, seed=0) if bundle.manifest.model["name"] == "shapes" else []
+    return examples(samples, held_out=True, seed=0) if bundle.manifest.model.name == "shapes" else []
 
 
 def _fits(bundle: Bundle, settings: Sequence[Setting]) -> bool:
     """Whether all engines take at most half of the memory that is there."""
-    held = int(bundle.manifest.files[WEIGHTS_FILE]["size"])
+    held = bundle.manifest.files[WEIGHTS_FILE].size
     engines = {(setting.backend, graph) for setting in settings if setting.backend for graph in setting.graphs}
     others = sum(setting.backend is None for setting in settings)
     return 2 * held * (_COPIES * len(engines) + others) <= available()

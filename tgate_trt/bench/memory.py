@@ -52,8 +52,7 @@ def peak_memory(studio: Any, setting: Setting, prompt: str) -> dict[str, int]:
         studio.components,
         prompt,
     )
-    found: dict[str, int] = children.run(__name__, task, "measuring memory", "if memory ran out, measure with --no-memory")
-    return found
+    return children.run(measure, task, "measuring memory", "if memory ran out, measure with --no-memory")
 
 
 def available() -> int:
@@ -106,14 +105,10 @@ def measure(task: Task) -> dict[str, int]:
     import torch
 
     from tgate_trt.bench.contenders import Conditions, Studio
-    from tgate_trt.bundle import Bundle
+    from tgate_trt.bundle.bundle import Bundle
 
     look = _Look()
     look.start()
     with Studio(Bundle.open(task.bundle), torch.device(task.device), Conditions(**task.conditions), components=task.components) as studio:
         studio.contender(Setting(**task.setting)).draw([task.prompt], [0], steps=_STEPS)
     return look.stop()
-
-
-if __name__ == "__main__":
-    children.answer(measure, Task)

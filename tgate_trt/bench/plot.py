@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tgate_trt.analysis.figure import check_available
+from tgate_trt.analysis.plotting import check_available
 from tgate_trt.bench import growth
-from tgate_trt.bundle import replacing
 from tgate_trt.errors import InputError
-from tgate_trt.schedule import NONE
+from tgate_trt.files import replacing
+from tgate_trt.gate.schedule import NONE
 
 _PHASES = {
     "planning step": ("planning steps", "#4c72b0"),

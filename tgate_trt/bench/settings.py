@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tgate_trt.errors import InputError
-from tgate_trt.schedule import NONE, GateStep, parse_gate_step, planning_steps
+from tgate_trt.gate.schedule import NONE, GateStep, parse_gate_step, planning_steps
 
 VANILLA, CFG_DROP, TGATE = "vanilla", "cfg-drop", "T-GATE"
 EAGER, COMPILED, OFFICIAL = "diffusers", "torch.compile", "official tgate"

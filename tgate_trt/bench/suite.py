@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from tgate_trt import models
+from tgate_trt.analysis.record import describe, environment, read, record_of
 from tgate_trt.bench import build_cost, growth, kernels, macs, probe
 from tgate_trt.bench.measure import Plan, conditions_of, prepare
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError
-from tgate_trt.record import describe, environment, read, record_of
+from tgate_trt.models.resolve import resolve
 
 MACS_OF = ("sd15", "sd21", "sdxl")
 """Models of the paper's table."""
@@ -95,7 +95,7 @@ def measure_growth(names: Sequence[str], size: int | None, threads: int | None, 
 
 def measure_build(model: str, precision: str, engines: build_cost.Engines, size: int | None, command: str) -> Iterator[Record]:
     """Measure one build with random weights: time by stage, memory, and bytes on disk. The bundle is deleted."""
-    name, before = models.resolve(model, random_weights=True).name, environment()
+    name, before = resolve(model, random_weights=True).name, environment()
     folder = Path("bundles") / f"build-{name}-{precision}-{engines.name}"
     results = build_cost.measure(model, precision, folder, engines, size=size)
     subject = {"model": name, "precision": precision, "random_weights": True, "variant": engines.name}

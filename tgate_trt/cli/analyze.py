@@ -11,7 +11,7 @@ from rich.table import Table
 from tgate_trt.cli.common import application, console, reporting
 
 if TYPE_CHECKING:
-    from tgate_trt.analysis.study import Study
+    from tgate_trt.analysis.results import Study
 
 app = application()
 

@@ -127,7 +127,7 @@ def _tell(records: Iterator[dict[str, Any]], json_file: Path | None, markdown: P
     """Write each record over the one before it, show the last, and say where things are."""
     import json
 
-    from tgate_trt import record as files
+    from tgate_trt.analysis import record as files
     from tgate_trt.bench import report
 
     record: dict[str, Any] = {}

@@ -111,7 +111,7 @@ def build(
             verify=verify,
             force=force,
         )
-        size = sum(file["size"] for file in bundle.manifest.files.values())
+        size = sum(file.size for file in bundle.manifest.files.values())
         console.print(f"{bundle.folder}: {', '.join(bundle.manifest.graphs)}; {size / 1e6:,.0f} MB")
 
 

@@ -49,8 +49,8 @@ def generate(
     --gate-step none --gate-step 10`
     """
     with reporting(verbose):
-        from tgate_trt.after_gate import DEFAULT_AFTER_GATE
-        from tgate_trt.generate import Settings, generate, save
+        from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
+        from tgate_trt.running.drawing import Settings, generate, save
 
         settings = Settings(
             prompts=tuple(prompt),

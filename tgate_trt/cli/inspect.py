@@ -11,7 +11,8 @@ from rich.table import Table
 from tgate_trt.cli.common import application, console, reporting
 
 if TYPE_CHECKING:
-    from tgate_trt.bundle import Bundle, EngineSet
+    from tgate_trt.bundle.bundle import Bundle
+    from tgate_trt.bundle.manifest import EngineSet
 
 app = application()
 
@@ -27,8 +28,8 @@ def inspect(
     A bundle that is damaged or cannot be read is an error, with exit code 1.
     """
     with reporting(verbose):
-        from tgate_trt.bundle import Bundle
-        from tgate_trt.inspection import state_of
+        from tgate_trt.building.staleness import state_of
+        from tgate_trt.bundle.bundle import Bundle
 
         opened = Bundle.open(bundle, full=full)
         console.print(_summary(opened))
@@ -45,17 +46,16 @@ def inspect(
 def _summary(bundle: Bundle) -> Table:
     manifest = bundle.manifest
     table = Table(show_header=False, box=None)
-    weights = (
-        "random weights, seed " + str(manifest.model["random_seed"]) if manifest.model["random_seed"] is not None else "its own weights"
-    )
+    seed = manifest.model.reference.random_seed
+    weights = "its own weights" if seed is None else f"random weights, seed {seed}"
     rows = {
-        "model": f"{manifest.model['name']} ({weights}), content {manifest.model['content'][:12]}",
-        "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.built_for.items()),
+        "model": f"{manifest.model.name} ({weights}), content {manifest.model.content[:12]}",
+        "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(manifest.built_for).items()),
         "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
         "defaults": f"{manifest.steps} steps, gate step {manifest.gate_step}, guidance {manifest.guidance_scale}",
-        **({"LoRAs": ", ".join(f"{entry['name']} ({entry['scale']:g})" for entry in manifest.lora)} if manifest.lora else {}),
+        **({"LoRAs": ", ".join(f"{held.name} ({held.scale:g})" for held in manifest.lora)} if manifest.lora else {}),
         **{f"{backend} engines": _engines(engines) for backend, engines in manifest.engines.items()},
-        "on disk": f"{sum(file['size'] for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
+        "on disk": f"{sum(file.size for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
     }
     for name, value in rows.items():
         table.add_row(name, value)

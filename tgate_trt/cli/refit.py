@@ -28,8 +28,8 @@ def refit(
         import tgate_trt
 
         refitted = tgate_trt.refit(bundle, lora or ())
-        held = ", ".join(f"{entry['name']} ({entry['scale']:g})" for entry in refitted.manifest.lora)
-        console.print(f"{refitted.folder}: {held or 'the weights that were built'}")
+        loras = ", ".join(f"{held.name} ({held.scale:g})" for held in refitted.manifest.lora)
+        console.print(f"{refitted.folder}: {loras or 'the weights that were built'}")
 
 
 def main() -> None:

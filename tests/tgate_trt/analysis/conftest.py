@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tgate_trt
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 
 
 @pytest.fixture(scope="session")

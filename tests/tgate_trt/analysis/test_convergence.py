@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tgate_trt.analysis.convergence import ALL_LAYERS, Layer, curves, group_of, recording
 from tgate_trt.analysis.subject import check_weights, eager_denoiser
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import StaleBundleError
-from tgate_trt.generate import SCHEDULERS
+from tgate_trt.running.drawing import SCHEDULERS
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tgate_trt.analysis.null_text import TEXT_FIRST, TEXT_LAST, draw, measure, null_prompt, text_steps
 from tgate_trt.analysis.subject import Sampling, Subject
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from tgate_trt.analysis import study
 from tgate_trt.analysis.convergence import ALL_LAYERS
-from tgate_trt.bundle import Bundle
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.cli import analyze
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tgate_trt.analysis.record import environment, record_of
 from tgate_trt.bench import build_cost, report
-from tgate_trt.bundle import STAMPS, Bundle
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import STAMPS
 from tgate_trt.errors import InputError
-from tgate_trt.record import environment, record_of
 
 
 def test_stages_are_read_from_the_log() -> None:
@@ -28,7 +29,7 @@ def test_a_build_is_measured(tiny_sd_configs: Path, tmp_path: Path) -> None:
     assert 0 < results["memory"]["peak_anonymous"] <= results["memory"]["peak_total"]
     disk = results["disk"]
     assert 0 < disk["denoiser_weights"] < disk["pipeline_weights"] < disk["bundle"]
-    assert disk["denoiser_weights"] <= bundle.manifest.files["weights.safetensors"]["size"]
+    assert disk["denoiser_weights"] <= bundle.manifest.files["weights.safetensors"].size
     assert disk["bundle"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != STAMPS)
     with pytest.raises(InputError, match="is there already"):
         build_cost.measure(str(folder), "fp32", folder, build_cost.Engines())

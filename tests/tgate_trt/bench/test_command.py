@@ -14,13 +14,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tgate_trt
-from tgate_trt import record as files
+from tgate_trt.analysis import record as files
 from tgate_trt.bench import report
 from tgate_trt.bench.contenders import PARTS, Conditions, Studio
 from tgate_trt.bench.measure import Plan, _scheduler, prepare, refuse_unfair
 from tgate_trt.bench.memory import peak_memory
 from tgate_trt.bench.settings import EAGER, TGATE, Setting
-from tgate_trt.bundle import Bundle, EngineSet
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import EngineSet
 from tgate_trt.cli.bench import app
 from tgate_trt.errors import InputError, StaleBundleError
 

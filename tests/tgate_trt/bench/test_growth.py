@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tgate_trt import models
+from tgate_trt.analysis.record import environment
 from tgate_trt.bench import growth
 from tgate_trt.errors import InputError
-from tgate_trt.record import environment
+from tgate_trt.models.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_build_steps_memory_and_disk_are_measured(measured: tuple[Path, dict[str
     assert given["models"]["other"] == {"date": "kept"}
     assert list(folder.iterdir()) == []
     found = given["models"]["tiny-sd"]
-    source = models.resolve(tiny_sd_configs, random_weights=True)
+    source = resolve(tiny_sd_configs, random_weights=True)
     assert found["parameters"] == sum(parameter.numel() for parameter in source.denoiser_on_meta().parameters())
     assert 4 * found["parameters"] == found["build"]["disk"]["denoiser_weights"] < found["build"]["disk"]["bundle"]
     assert found["size"] == source.height == 64

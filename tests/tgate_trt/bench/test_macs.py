@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tgate_trt import models
 from tgate_trt.bench.macs import PUBLISHED, Macs, ModelCost, cost_of, macs_of, macs_of_graph, macs_of_picture
 from tgate_trt.eager import run_recipe
 from tgate_trt.errors import BuildError
 from tgate_trt.export.cut import cut, spec_of
 from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
+from tgate_trt.models.resolve import resolve
+from tgate_trt.models.source import ModelSource
 from tgate_trt.specs import ROWS, Bounds
 from tgate_trt.taps import recipe
 
@@ -116,18 +117,18 @@ def test_a_picture_has_steps_on_both_sides_of_the_gate() -> None:
 
 
 @pytest.fixture(scope="module")
-def shapes() -> models.ModelSource:
-    return models.resolve("shapes", random_weights=True)
+def shapes() -> ModelSource:
+    return resolve("shapes", random_weights=True)
 
 
 @pytest.fixture(scope="module")
-def traced(shapes: models.ModelSource) -> ir.Model:
+def traced(shapes: ModelSource) -> ir.Model:
     return trace(shapes.denoiser_on_meta(), shapes.signature(64, 64, "fp32"))
 
 
 @pytest.mark.parametrize(("name", "rows"), [("vanilla", 2), ("planning", 2), ("fidelity", 1)])
 def test_a_graph_takes_what_the_layers_of_its_eager_model_take(
-    name: str, rows: int, shapes: models.ModelSource, traced: ir.Model, tmp_path: Path
+    name: str, rows: int, shapes: ModelSource, traced: ir.Model, tmp_path: Path
 ) -> None:
     model = cut(traced, recipe(name))
     expected = _by_hooks(shapes.denoiser_on_meta(), model, name, rows)
@@ -182,7 +183,7 @@ def test_most_of_the_saving_is_the_half_that_is_dropped(sd15: ModelCost) -> None
 
 
 def test_parameters_are_those_of_the_state_dict(sd15: ModelCost) -> None:
-    state = {name: math.prod(shape) for name, shape in models.resolve("sd15", random_weights=True).tensor_shapes().items()}
+    state = {name: math.prod(shape) for name, shape in resolve("sd15", random_weights=True).tensor_shapes().items()}
     held = sd15.parameters
     assert held.whole == sum(state.values())
     assert held.cross_attention == sum(size for name, size in state.items() if ".attn2." in name)

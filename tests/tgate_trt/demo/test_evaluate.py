@@ -88,7 +88,8 @@ def test_a_folder_without_a_pipeline_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_commands_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    for module, arguments in (("evaluate", [str(tmp_path)]), ("train", ["--device", "abacus", "--output", str(tmp_path / "model")])):
+    training = ["--device", "abacus", "--output", str(tmp_path / "model")]
+    for module, arguments in (("evaluate", [str(tmp_path)]), ("training.train", training)):
         run = subprocess.run([sys.executable, "-m", f"tgate_trt.demo.{module}", *arguments], capture_output=True, text=True, check=False)
         assert run.returncode == 1
         assert "error: " in run.stderr

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from tgate_trt.demo import GUIDANCE_SCALE, MODEL_DIR, NUM_INFERENCE_STEPS
-from tgate_trt.demo.architecture import CAPTION_TOKENS
 from tgate_trt.demo.dataset import PICTURE_SIZE, examples
 from tgate_trt.demo.evaluate import evaluate, load_pipeline
+from tgate_trt.demo.training.architecture import CAPTION_TOKENS
 
 
 @pytest.fixture(scope="module")

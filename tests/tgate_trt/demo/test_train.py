@@ -11,12 +11,12 @@ from diffusers import StableDiffusionPipeline
 from rich.console import Console
 from torch import nn
 
-from tgate_trt.demo.architecture import CAPTION_TOKENS, LATENT_CHANNELS, LATENT_SIZE, caption_words, make_tokenizer, make_vae
 from tgate_trt.demo.dataset import Combination, examples
-from tgate_trt.demo.fitting import Recipe, fit
-from tgate_trt.demo.reporting import Reporter
-from tgate_trt.demo.stages import NOT_NAMED, standardise, tokenize, training_caption
-from tgate_trt.demo.train import Settings, train
+from tgate_trt.demo.training.architecture import CAPTION_TOKENS, LATENT_CHANNELS, LATENT_SIZE, caption_words, make_tokenizer, make_vae
+from tgate_trt.demo.training.fitting import Recipe, fit
+from tgate_trt.demo.training.reporting import Reporter
+from tgate_trt.demo.training.stages import NOT_NAMED, standardise, tokenize, training_caption
+from tgate_trt.demo.training.train import Settings, train
 from tgate_trt.errors import InputError
 
 QUIET = Reporter(Console(file=io.StringIO()))
@@ -50,7 +50,7 @@ def fit_line(checkpoint: Path, recipe: Recipe, *, killed_at: int | None = None, 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: float) -> None:
-    monkeypatch.setattr("tgate_trt.demo.fitting.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("tgate_trt.demo.training.fitting.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     recipe = replace(tiny(20), average=average)
     whole = fit_line(tmp_path / "whole.pt", recipe)
     with pytest.raises(Killed):

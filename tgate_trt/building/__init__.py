@@ -1,0 +1,1 @@
+"""Building a bundle: request, graphs, verification, engines, staleness."""

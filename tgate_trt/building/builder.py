@@ -1,0 +1,248 @@
+"""Build a bundle: weights, trace, cuts, verification, manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, Unpack
+
+import onnx_ir as ir
+
+from tgate_trt.building.engines import EngineRequest, build_engines, request_of, stale_engine_reasons
+from tgate_trt.building.graphs import write_component_graph, write_graph, write_trace
+from tgate_trt.building.request import BuildOptions, Request
+from tgate_trt.building.staleness import missing_parts, stale_reasons, toolchain
+from tgate_trt.building.verification import Task, verify_in_child
+from tgate_trt.bundle.bundle import Bundle, copy_into, describe_files, write_manifest
+from tgate_trt.bundle.components import components_of
+from tgate_trt.bundle.folder import building
+from tgate_trt.bundle.manifest import PIPELINE, TRACE, BuiltFrom, EngineSet, Manifest, graph_file
+from tgate_trt.eager import torch_dtype
+from tgate_trt.errors import BundleError, StaleBundleError
+from tgate_trt.export import weights
+from tgate_trt.models.lora import LoraFile
+from tgate_trt.models.resolve import resolve
+from tgate_trt.models.saving import save_rest
+from tgate_trt.models.source import ModelSource
+from tgate_trt.specs import GraphSpec
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
+
+
+def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | None = None, **options: Unpack[BuildOptions]) -> Bundle:
+    """Build a bundle, or return the one that is there if nothing changed since it was built.
+
+    Args:
+        model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
+        output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
+        **options: ``backend``, ``precision``, ``height``, ``width``, ``batch_size``, ``graphs``, ``compute_capability``, ``weights``,
+            ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``random_weights``, ``verify``,
+            ``force``; see `tgate_trt.building.request.BuildOptions`.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        InputError: if the model or an option cannot be used.
+        BuildError: if the trace, a cut or an engine fails, or a graph differs from the eager model.
+    """
+    unknown = options.keys() - BuildOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {sorted(unknown)[0]!r}; the options are {', '.join(BuildOptions.__annotations__)}")
+    loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in options.get("lora", ())]
+    source = resolve(model, random_weights=options.get("random_weights", False), lora=loras)
+    request = Request.resolved(source, options)
+    target = Path(output) if output is not None else default_output(source, request)
+    existing = None if options.get("force") else _open_existing(target)
+    fingerprint = source.fingerprint(existing.manifest.model.fingerprint if existing else None)
+    if existing:
+        reasons = stale_reasons(existing.manifest, fingerprint["content"], request)
+        missing = [] if reasons else missing_parts(existing.manifest, request)
+        if not reasons and not missing:
+            logger.info("%s is up to date: model, sizes, precision, graphs and package versions are those it was built with", target)
+            return existing
+        logger.info("%s: %s", "building again" if reasons else "adding to the bundle", "; ".join(reasons or missing))
+        if reasons:
+            existing = None
+    with building(target) as folder:
+        if existing:
+            copy_into(existing, folder)
+            manifest = existing.manifest
+        else:
+            manifest = _begin(folder, source, request, fingerprint)
+        _complete(folder, target, source, request, manifest)
+    return Bundle.open(target)
+
+
+def default_output(source: ModelSource, request: Request) -> Path:
+    """Where a bundle goes without ``--output``."""
+    built_for = request.built_for
+    return Path("bundles") / f"{source.name}-{built_for.width}x{built_for.height}-{built_for.precision}"
+
+
+def add_graph(bundle: Bundle, name: str) -> Bundle:
+    """Cut one more graph from a bundle's trace, and keep it there; a bundle that holds it is returned as it is.
+
+    Raises:
+        BuildError: if the trace lacks the taps, or an engine cannot be built.
+        StaleBundleError: if the bundle's graphs were discarded.
+        InputError: if there is no graph of that name.
+    """
+    if name in bundle.manifest.graphs:
+        return bundle
+    manifest = bundle.manifest
+    if TRACE not in manifest.files:
+        raise StaleBundleError(f"{bundle.folder} holds no graphs to add to; build it again without --discard-graphs")
+    request = Request(manifest.built_for, (name,), EngineRequest(()), verify=False, components=False)
+    with building(bundle.folder) as folder:
+        copy_into(bundle, folder)
+        _complete(folder, bundle.folder, None, request, manifest)
+    return Bundle.open(bundle.folder)
+
+
+def _open_existing(target: Path) -> Bundle | None:
+    try:
+        return Bundle.open(target)
+    except BundleError as error:
+        if target.exists():
+            logger.info("building again: %s", error)
+        return None
+
+
+def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: dict[str, Any]) -> Manifest:
+    """Write weights, the rest of the pipeline and the trace into an empty folder; no graph is cut yet."""
+    built_for = request.built_for
+    file, tensors = folder / weights.WEIGHTS_FILE, source.tensors(torch_dtype(built_for.precision))
+    _timed("weights", lambda: weights.write(file, source.tensor_shapes(), tensors, built_for.precision))
+    _timed("text encoders and VAE", lambda: save_rest(source, folder / PIPELINE, built_for.precision))
+    _timed("trace", lambda: write_trace(source, folder, built_for))
+    return Manifest(
+        model=BuiltFrom(
+            source.name,
+            source.reference,
+            source.denoiser_attribute,
+            source.text_tokens,
+            tuple(components_of(folder / PIPELINE)),
+            fingerprint,
+        ),
+        built_for=built_for,
+        built_with=toolchain(),
+        graphs={},
+        engines={},
+        verification={},
+        gate_step=source.gate_step,
+        steps=source.steps,
+        guidance_scale=source.guidance_scale,
+    )
+
+
+def _complete(folder: Path, target: Path, source: ModelSource | None, request: Request, manifest: Manifest) -> None:
+    """Add to a folder what a request asks for and its manifest does not hold: graphs, engines, verification.
+
+    Args:
+        folder: with the trace and all that the manifest names.
+        target: the bundle that the folder will become.
+        source: of the model; None where nothing is to be verified.
+        request: what is asked for.
+        manifest: of what is there already.
+    """
+    specs, verification, engines = dict(manifest.graphs), dict(manifest.verification), dict(manifest.engines)
+    # The denoiser's engines first: the traces of the others would stay in memory beside their builder.
+    for graphs in (_denoiser_graphs, _component_graphs):
+        specs |= graphs(folder, request, manifest)
+        if request.verify and source is not None:
+            verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
+        engines = _engines(folder, target, request, specs, engines)
+    if request.discard_graphs:
+        _discard_graphs(folder, specs)
+    known = {name: entry for name, entry in manifest.files.items() if _is_unchanged(folder / name, target / name)}
+    files = _timed("hashes", lambda: describe_files(folder, known))
+    write_manifest(folder, dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files))
+
+
+def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
+    """Cut the graphs that are not there yet from the trace."""
+    new = [name for name in request.graphs if name not in manifest.graphs]
+    if not new:
+        return {}
+    trace = ir.load(folder / TRACE)
+    return {name: _timed(f"{name} graph", partial(write_graph, folder, trace, name, request.built_for)) for name in new}
+
+
+def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
+    """Write the graphs of text encoders and VAE that are asked for and not there yet."""
+    if not request.components:
+        return {}
+    written = {}
+    for graph, component in components_of(folder / PIPELINE).items():
+        if graph not in manifest.graphs:
+            spec = component.spec(manifest.built_for, manifest.model.text_tokens)
+            _timed(f"{graph} graph", partial(write_component_graph, component, folder, spec))
+            written[graph] = spec
+    return written
+
+
+def _discard_graphs(folder: Path, graphs: Iterable[str]) -> None:
+    """Remove what baked engines do without."""
+    for name in (TRACE, weights.WEIGHTS_FILE, *map(graph_file, graphs)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_unchanged(file: Path, before: Path) -> bool:
+    """Whether a file is the one of the old bundle, linked."""
+    return file.exists() and file.samefile(before)
+
+
+def _engines(
+    folder: Path, target: Path, request: Request, specs: dict[str, GraphSpec], held: Mapping[str, EngineSet]
+) -> dict[str, EngineSet]:
+    """The engines of every graph, for the backends that are asked for and those that are there."""
+    engines = {}
+    for backend in dict.fromkeys((*held, *request.engines.backends)):
+        is_wanted, before = backend in request.engines.backends, held.get(backend)
+        if is_wanted and before is not None and stale_engine_reasons(backend, before, request.engines):
+            before = None
+        missing = {name: spec for name, spec in specs.items() if before is None or name not in before.files}
+        if before is not None and not missing:
+            engines[backend] = before
+            continue
+        wish = request.engines if before is None or is_wanted else request_of(backend, before)
+        built = build_engines(folder, target, backend, missing, wish)
+        if before is not None:
+            built = dataclasses.replace(built, files={**before.files, **built.files}, keys={**before.keys, **built.keys})
+        engines[backend] = built
+    return engines
+
+
+def _verify_all(folder: Path, source: ModelSource, request: Request, specs: dict[str, GraphSpec]) -> dict[str, Any]:
+    reports = {}
+    for name, spec in specs.items():
+        task = Task(source.reference, folder, spec, request.built_for)
+        reports[name] = report = _timed(f"verification of {name}", partial(verify_in_child, task))
+        worst = max(check["error"] for check in report["checks"])
+        rows = ", ".join(str(check["rows"]) for check in report["checks"])
+        logger.info(
+            "%s agrees with %s at %s rows: largest relative error %.1e, tolerance %.0e",
+            name,
+            report["compared_with"],
+            rows,
+            worst,
+            report["tolerance"],
+        )
+    return reports
+
+
+def _timed(what: str, work: Callable[[], _T]) -> _T:
+    """Do a piece of the build, and log what it is and how long it took."""
+    logger.info("%s …", what)
+    start = time.perf_counter()
+    result = work()
+    logger.info("%s done in %.1f s", what, time.perf_counter() - start)
+    return result

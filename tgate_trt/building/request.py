@@ -1,0 +1,145 @@
+"""What a bundle is asked to be: the options of a build, checked, with what was left out filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypedDict
+
+from tgate_trt.building.engines import EngineRequest
+from tgate_trt.bundle.backends import BACKENDS, ONNXRUNTIME, PYTORCH, UNCOMPILED
+from tgate_trt.bundle.manifest import BuiltFor
+from tgate_trt.engines.tensorrt_builder import PlanOptions
+from tgate_trt.engines.tensorrt_flavours import TENSORRT, gpu_is_present
+from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.models.lora import LoraFile
+from tgate_trt.models.source import ModelSource
+from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds
+from tgate_trt.taps import recipe
+
+FUSIONS = ("plugin", "function", "off")
+"""How the reuse of the cache runs: as a TensorRT plugin, and as a local function for the other backends; as a local function
+for all; or as the addition and the norm that were traced."""
+
+
+class BuildOptions(TypedDict, total=False):
+    """What a bundle is built for: keywords of `tgate_trt.build`."""
+
+    backend: str | Sequence[str] | None
+    """One of `tgate_trt.bundle.backends.BACKENDS`, or several; if None, TensorRT where it is installed and sees a GPU, else ONNX
+    Runtime."""
+    precision: str | None
+    """``"fp32"`` or ``"fp16"``; if None, fp32 for ONNX Runtime, and for PyTorch without a GPU; else fp16."""
+    height: int | None
+    """Of the picture in pixels; the model's own if None."""
+    width: int | None
+    """Of the picture in pixels; the model's own if None."""
+    batch_size: str
+    """Images of a run, ``"MIN:OPT:MAX"``; ``"1:1:1"`` by default."""
+    graphs: Sequence[str]
+    """Names of graphs, of `tgate_trt.taps.GRAPHS`; planning and fidelity by default."""
+    compute_capability: Sequence[str]
+    """GPUs to build TensorRT-RTX plans for, such as ``["SM89"]``; the one of this machine if empty, and where there is none, every one
+    from Ampere on."""
+    weights: str
+    """Where those of TensorRT engines are: ``"baked"`` into the plan, the default; ``"shared"``, one copy for all engines;
+    or ``"shared-linear"``, shared but for those of convolutions."""
+    plan_options: PlanOptions | None
+    """Further options of TensorRT plans."""
+    lora: Sequence[str | LoraFile]
+    """Files to fuse into the weights, ``"FILE"`` or ``"FILE:SCALE"``."""
+    components: bool
+    """Whether text encoders and the VAE's decoder become engines too; by default they do."""
+    fuse_cache_reuse: str | None
+    """How the reuse of the cache runs: ``"plugin"``, TensorRT's plugin; ``"function"``, one op that backends expand; ``"off"``, an
+    addition and a norm. If None, the plugin where TensorRT takes it, else the function."""
+    discard_graphs: bool
+    """Whether to leave graphs and weights out of the bundle that baked engines do without. Nothing can be added to it then."""
+    random_weights: bool
+    """Whether to fill a named architecture with seeded random weights."""
+    verify: bool
+    """Whether to compare each graph with eager PyTorch; by default it is compared."""
+    force: bool
+    """Whether to build even if nothing changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a bundle is to be built for."""
+
+    built_for: BuiltFor
+    graphs: tuple[str, ...]
+    engines: EngineRequest
+    verify: bool = True
+    components: bool = True
+    discard_graphs: bool = False
+
+    @classmethod
+    def resolved(cls, source: ModelSource, options: BuildOptions) -> Request:
+        """Check what was asked for, and fill in what was not.
+
+        Raises:
+            InputError: if a value is impossible.
+            UnsupportedError: if this version does not build it.
+        """
+        if source.denoiser_attribute != "unet":
+            raise UnsupportedError(f"{source.name} is a transformer; this version builds UNets")
+        fusion = options.get("fuse_cache_reuse")
+        if fusion is not None and fusion not in FUSIONS:
+            raise InputError(f"--fuse-cache-reuse is one of {', '.join(FUSIONS)}, got {fusion!r}")
+        graphs = tuple(dict.fromkeys(options.get("graphs", ("planning", "fidelity"))))
+        for graph in graphs:
+            recipe(graph)
+        plans = options.get("plan_options") or PlanOptions()
+        engines = EngineRequest(
+            _backends(options.get("backend")),
+            options.get("weights", "baked"),
+            dataclasses.replace(plans, capabilities=tuple(options.get("compute_capability", ()))),
+            plugins=None if fusion is None else fusion == "plugin",
+        )
+        height, width = options.get("height") or source.height, options.get("width") or source.width
+        precision = _precision(options.get("precision"), engines.backends)
+        source.signature(height, width, precision)
+        request = cls(
+            BuiltFor(precision, height, width, _images(options.get("batch_size", "1:1:1")), fuse_cache_reuse=fusion != "off"),
+            graphs,
+            engines,
+            options.get("verify", True),
+            options.get("components", True),
+            options.get("discard_graphs", False),
+        )
+        if request.discard_graphs and (set(UNCOMPILED) & set(engines.backends) or engines.weights != "baked"):
+            raise InputError(
+                "--discard-graphs is for TensorRT engines with --weights baked alone; the others read the bundle's graphs or weights"
+            )
+        return request
+
+
+def _backends(backend: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The backends that were asked for, or the one that suits this machine."""
+    if not backend:
+        return (TENSORRT.backend,) if gpu_is_present() and TENSORRT.is_installed() else (ONNXRUNTIME,)
+    names = backend.split(",") if isinstance(backend, str) else backend
+    for name in names:
+        if name not in BACKENDS:
+            raise UnsupportedError(f"this version does not build for {name!r}; it builds for {', '.join(BACKENDS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _precision(precision: str | None, backends: Sequence[str]) -> str:
+    """The precision that was asked for, or the one that suits the backends."""
+    on_cpu = ONNXRUNTIME in backends or (PYTORCH in backends and not gpu_is_present())
+    precision = precision or ("fp32" if on_cpu else "fp16")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "bf16":
+        raise UnsupportedError("this version builds fp32 and fp16; ONNX Runtime, which verifies a build, has no bf16 kernels on the CPU")
+    return precision
+
+
+def _images(batch_size: str) -> Bounds:
+    """The images that a run may have."""
+    images = Bounds.parse(batch_size)
+    if 2 * images.maximum > MAXIMUM_ROWS:
+        raise InputError(f"a run may have at most {MAXIMUM_ROWS // 2} images, got batch size {images}")
+    return images

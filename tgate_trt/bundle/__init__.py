@@ -1,0 +1,1 @@
+"""Bundles: the manifest, the folder, and what they hold."""

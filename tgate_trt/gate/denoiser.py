@@ -1,0 +1,389 @@
+"""`GatedDenoiser`: stands where a pipeline's UNet or transformer stood, and switches engines at the gate.
+
+A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the
+planning engine on that batch. The last planning call's cross-attention outputs are averaged over the two halves and kept.
+From the gate on it runs the fidelity engine on the negative half alone and returns the prediction ``n`` twice, so that
+the pipeline's guidance, ``n + s·(n − n)``, gives ``n``. (T-GATE, arXiv 2404.02747, section 4; `tgate_trt.gate.after_gate` tells
+what else can be kept.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.engines.base import Engine
+from tgate_trt.errors import GateError, UnsupportedError
+from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
+from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
+from tgate_trt.kernels.hand_off import HandOff
+from tgate_trt.specs import ROWS, TensorSpec
+
+_PREDICTION = "noise_pred"
+_TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
+
+
+@dataclass
+class _Run:
+    """One denoising run: everything that must not outlive it."""
+
+    timesteps: Tensor
+    """The scheduler's own tensor; another object means that another run has begun."""
+    schedule: GateSchedule
+    after_gate: AfterGate
+    guided: bool
+    rows: int
+    """Rows of each call: two an image under guidance."""
+    first: int | None
+    """Place of the first call's timestep among the scheduler's, or None if it is not one of them in memory."""
+    calls: int = 0
+    """Calls made so far."""
+    has_cache: bool = False
+    """Whether the hand-off of this very run has been made; what lies in the buffers before it is another run's."""
+
+    @property
+    def images(self) -> int:
+        return self.rows // 2 if self.guided else self.rows
+
+
+class GatedDenoiser(nn.Module):
+    """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
+
+    What a pipeline reads of the denoiser besides calling it (``config``, ``dtype``, ``add_embedding``) it reads from the
+    module that this one replaces, which may be an architecture without weights.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        replaces: nn.Module,
+        planning: Engine,
+        fidelity: Engine,
+        *,
+        gate_step: GateStep,
+        guidance: bool | None = None,
+        after_gate: str = DEFAULT_AFTER_GATE,
+        low_memory: bool = False,
+        origin: Any = None,
+    ) -> None:
+        """Make a denoiser for one pipeline.
+
+        Args:
+            pipeline: the diffusers pipeline that will call it; its scheduler tells the step.
+            replaces: the denoiser that stood there, or its architecture on the ``meta`` device.
+            planning: engine for the steps before the gate.
+            fidelity: engine for the steps from the gate on. One that takes no caches, such as the vanilla graph's,
+                drops guidance at the gate and nothing else.
+            gate_step: number of planning steps, a fraction of the steps, or ``"none"``.
+            guidance: whether runs are guided; read from the pipeline if None.
+            after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
+            low_memory: whether to hold one engine at a time: each is loaded anew in every run.
+            origin: bundle and backend of the engines, where they are of one.
+
+        Raises:
+            InputError: if ``gate_step`` is impossible, or ``after_gate`` none of the modes.
+        """
+        super().__init__()
+        # Past nn.Module's registry: the pipeline would be a cycle, and the replaced module must not move with `.to()`.
+        object.__setattr__(self, "_pipeline", weakref.ref(pipeline))
+        object.__setattr__(self, "replaces", replaces)
+        self.planning = planning
+        self.fidelity = fidelity
+        self.gate_step = gate_step
+        self.guidance = guidance
+        self.after_gate = after_gate
+        self.origin = origin
+        self._low_memory = low_memory and planning is not fidelity
+        self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
+        self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
+        self._cache_inputs = fidelity.spec.cache_inputs
+        self._run: _Run | None = None
+        self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._hand_offs: dict[tuple[int, int, AfterGate], HandOff] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "replaces"), name)
+
+    @property
+    def gate_step(self) -> GateStep:
+        """Number of planning steps, a fraction of the steps, or ``"none"``; an impossible one raises `InputError` when it is set."""
+        return self._gate_step
+
+    @gate_step.setter
+    def gate_step(self, gate_step: GateStep) -> None:
+        self._gate_step = check_gate_step(gate_step)
+
+    @property
+    def after_gate(self) -> str:
+        """What a guided run does from the gate on; another than the modes raises `InputError` when it is set."""
+        return self._after_gate
+
+    @after_gate.setter
+    def after_gate(self, after_gate: str) -> None:
+        after_gate_of(after_gate)
+        self._after_gate = after_gate
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines run. Each run of a pipeline asks for it, and the replaced module would look through all of its parts."""
+        return self.planning.device
+
+    def forward(
+        self,
+        sample: Tensor | None = None,
+        timestep: Tensor | float | int = 0,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        hidden_states: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Predict noise as the replaced denoiser would, or from the gate on as ``after_gate`` says.
+
+        Args:
+            sample: noisy latents, ``[rows, channels, height, width]``; ``[negative, positive]`` under guidance.
+            timestep: one timestep, or one a row.
+            encoder_hidden_states: text, ``[rows, tokens, width]``.
+            hidden_states: what a transformer's pipeline calls ``sample``.
+            timestep_cond: guidance embedding of models that were distilled on it, ``[rows, width]``.
+            added_cond_kwargs: further conditions, by diffusers' names.
+            return_dict: whether to return diffusers' output object instead of a tuple.
+            **others: refused unless None or empty.
+
+        Raises:
+            GateError: if this call cannot belong to the run, for example with another batch size.
+            UnsupportedError: if the pipeline conditions the denoiser in a way that the graphs do not take.
+        """
+        sample = hidden_states if sample is None else sample
+        assert sample is not None
+        tensors = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
+        tensors |= added_cond_kwargs or {}
+        self._refuse_unknown(tensors, others)
+        run = self._advance(sample, timestep)
+        tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
+            torch.as_tensor(timestep)
+        )
+        call = run.calls - 1
+        prediction = self._plan(run, call, tensors) if run.schedule.is_planning(call) else self._refine(run, call, tensors)
+        if not return_dict:
+            return (prediction,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=prediction)
+
+    def serves(self, pipeline: Any) -> bool:
+        """Whether this is the pipeline whose scheduler and guidance the denoiser reads."""
+        return self._pipeline() is pipeline
+
+    def close(self) -> None:
+        """Free the engines, the run and its buffers."""
+        self.planning.close()
+        self.fidelity.close()
+        self._run = None
+        self._memory.clear()
+        self._hand_offs.clear()
+
+    def _refuse_unknown(self, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+        unknown = {name: value for name, value in tensors.items() if name not in self._known} | dict(others)
+        for name, value in unknown.items():
+            if value is not None and not (isinstance(value, Mapping) and not value):
+                raise UnsupportedError(f"the graphs of this bundle do not take {name!r}; run this pipeline without tgate-trt")
+        text = tensors["encoder_hidden_states"]
+        if not isinstance(text, Tensor):
+            raise UnsupportedError(f"encoder_hidden_states must be one tensor, got {type(text).__name__}; IP-Adapter is not supported")
+
+    def _advance(self, sample: Tensor, timestep: Tensor | float | int) -> _Run:
+        """The run to which this call belongs, this call counted."""
+        pipeline = self._pipeline()
+        if pipeline is None:
+            raise GateError("the pipeline of this denoiser is gone; apply the bundle to the pipeline that you use")
+        timesteps = pipeline.scheduler.timesteps
+        place = _place(timesteps, timestep)
+        if self._run is None or self._run.timesteps is not timesteps:
+            if self._run is not None and _place(self._run.timesteps, timestep) is not None:
+                raise GateError("scheduler.set_timesteps was called within a run; run one after the other")
+            self._run = self._begin(pipeline, sample, timestep)
+        run = self._run
+        if run.calls == run.schedule.calls:
+            raise GateError(
+                f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps"
+            )
+        if place != (None if run.first is None else run.first + run.calls):
+            raise GateError(
+                "the timesteps of a run came out of order: another run began before this one had ended; run one after the other"
+            )
+        if sample.shape[0] != run.rows:
+            raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
+        run.calls += 1
+        return run
+
+    def _begin(self, pipeline: Any, sample: Tensor, timestep: Tensor | float | int) -> _Run:
+        rows = sample.shape[0]
+        guided = self._is_guided(pipeline, sample)
+        if guided and not _has_equal_halves(sample):
+            raise GateError(
+                f"a guided batch is the same latents twice, [negative, positive], but these {rows} rows are not; "
+                "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
+            )
+        for key in [key for key in self._memory if key[1] not in (rows, rows // 2)]:
+            del self._memory[key]
+        for sizes in [sizes for sizes in self._hand_offs if sizes[0] != rows]:
+            del self._hand_offs[sizes]
+        timesteps = pipeline.scheduler.timesteps
+        schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
+        return _Run(timesteps, schedule, after_gate, guided, rows, _place(timesteps, timestep))
+
+    def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
+        """Whether the batch is ``[negative, positive]``: as told, as the pipeline says, else by equal halves at the first call."""
+        if self.guidance is not None:
+            return self.guidance
+        said = getattr(pipeline, "do_classifier_free_guidance", None)
+        if said is not None:
+            return bool(said)
+        return _has_equal_halves(sample)
+
+    def _plan(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Run with cross-attention on the whole batch; at the last planning call, keep its outputs."""
+        if self._low_memory:
+            self.fidelity.unload()
+        outputs = self._outputs(self.planning, run.rows)
+        self.planning.run(_inputs(self._planning_inputs, tensors, None), outputs)
+        if run.schedule.hands_off(call):
+            self._hand_off(run, outputs)
+        return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
+
+    def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
+        """Write what this run keeps: of the guidance halves the caches' mean or one half's own, or all without guidance."""
+        after = run.after_gate
+        if run.guided and after.fades:
+            negative, positive = outputs[_PREDICTION].chunk(2)
+            torch.sub(positive, negative, out=self._direction(run))
+        key = (run.rows, run.images, after)
+        if key not in self._hand_offs:
+            taps = {tensor.name: outputs[tensor.name] for tensor in self._cache_inputs}
+            if run.guided and not after.averages:
+                taps = {name: tap.chunk(2)[after.half] for name, tap in taps.items()}
+            self._hand_offs[key] = HandOff(taps, self._caches(run))
+        self._hand_offs[key].run()
+        run.has_cache = True
+
+    def _refine(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Run on the kept half alone, with what was handed off, and return a prediction for both halves."""
+        if not run.has_cache:
+            raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
+        if self._low_memory:
+            self.planning.unload()
+        after = run.after_gate
+        inputs = _inputs(self._fidelity_inputs, tensors, after.half if run.guided else None)
+        outputs = self._outputs(self.fidelity, run.images)
+        self.fidelity.run(inputs | self._caches(run), outputs)
+        dtype = tensors["sample"].dtype
+        if not run.guided:
+            return outputs[_PREDICTION].to(dtype, copy=True)
+        both = outputs[_PREDICTION].repeat(2, 1, 1, 1).to(dtype)
+        if after.fades:  # [p − w·d, p], of which the pipeline's guidance, n + s·(p − n), makes p + (s − 1)·w·d
+            both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
+        return both
+
+    def _caches(self, run: _Run) -> dict[str, Tensor]:
+        return self._allocated("cache", self._cache_inputs, run.images, self.fidelity.device)
+
+    def _direction(self, run: _Run) -> Tensor:
+        """``p − n`` of the last guided step."""
+        tensors = tuple(tensor for tensor in self.planning.spec.outputs if tensor.name == _PREDICTION)
+        return self._allocated("direction", tensors, run.images, self.planning.device)[_PREDICTION]
+
+    def _outputs(self, engine: Engine, rows: int) -> dict[str, Tensor]:
+        return self._allocated(engine.spec.name, engine.spec.outputs, rows, engine.device)
+
+    def _allocated(self, purpose: str, tensors: tuple[TensorSpec, ...], rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Buffers that keep their addresses from call to call and from run to run, so that engines bind them once."""
+        key = (purpose, rows)
+        if key not in self._memory:
+            self._memory[key] = {
+                tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=getattr(torch, tensor.dtype), device=device)
+                for tensor in tensors
+            }
+        return self._memory[key]
+
+
+def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateStep) -> GateSchedule:
+    """The schedule of the run that a pipeline has just begun.
+
+    Args:
+        pipeline: after its scheduler's ``set_timesteps``.
+        timestep: of the run's first call; tells where image-to-image begins if the pipeline does not.
+        gate_step: as the user gave it.
+
+    Raises:
+        GateError: if calls and steps do not match, as with PNDM's Runge-Kutta start.
+        InputError: if ``gate_step`` is above the number of steps.
+    """
+    scheduler = pipeline.scheduler
+    listed = len(scheduler.timesteps)
+    order = int(getattr(scheduler, "order", 1))
+    told = None if getattr(scheduler, "custom_timesteps", False) else getattr(scheduler, "num_inference_steps", None)
+    whole = told or (listed + order - 1) // order
+    extra = listed - whole if order == 1 else 0
+    if order not in (1, 2) or extra not in (0, 1) or (order == 2 and listed != 2 * whole - 1):
+        raise GateError(
+            f"{type(scheduler).__name__} calls the model {listed} times for {whole} steps, which the gate cannot follow"
+            + ("; set skip_prk_steps=True" if hasattr(scheduler, "step_prk") else "; use another scheduler")
+        )
+    calls = getattr(pipeline, "num_timesteps", None) or 0
+    place = _place(scheduler.timesteps, timestep)
+    if not 1 <= calls <= listed - (place or 0):
+        calls = listed - (_find(scheduler.timesteps, timestep) if place is None else place)
+    steps = (calls + 1) // 2 if order == 2 else max(calls - extra, 1)
+    return GateSchedule(steps, planning_steps(gate_step, steps), order, calls)
+
+
+def _place(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
+    """Which of the scheduler's timesteps this is, told by its address, so that a GPU need not be waited for; None if a copy."""
+    if not isinstance(timestep, Tensor):
+        return None
+    offset = timestep.data_ptr() - timesteps.data_ptr()
+    return offset // timesteps.element_size() if 0 <= offset < timesteps.nbytes else None
+
+
+def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
+    """Which of the scheduler's timesteps is the first of this value."""
+    found = (timesteps == torch.as_tensor(timestep).flatten()[0].to(timesteps)).nonzero()
+    if not len(found):
+        raise GateError(f"timestep {timestep} is none of the scheduler's; a run starts with scheduler.set_timesteps")
+    return int(found[0])
+
+
+def _has_equal_halves(sample: Tensor) -> bool:
+    """Whether a pipeline may have doubled this batch for guidance."""
+    rows = sample.shape[0]
+    return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+
+
+def _own_inputs(engine: Engine) -> tuple[tuple[str, torch.dtype], ...]:
+    """Names and dtypes of an engine's inputs, but for its caches."""
+    names = {tensor.name for tensor in engine.spec.cache_inputs}
+    return tuple((tensor.name, getattr(torch, tensor.dtype)) for tensor in engine.spec.inputs if tensor.name not in names)
+
+
+def _inputs(wanted: tuple[tuple[str, torch.dtype], ...], tensors: Mapping[str, Any], half: int | None) -> dict[str, Tensor]:
+    """The tensors that an engine wants, or one half of each, in its dtypes and contiguous; no copy where they are so already."""
+    inputs = {}
+    for name, dtype in wanted:
+        value = tensors.get(name)
+        if value is None:
+            raise GateError(f"the graphs need {name!r}, which the pipeline did not give")
+        if half is not None:
+            value = value.chunk(2)[half]
+        inputs[name] = value.to(dtype).contiguous()
+    return inputs

@@ -1,0 +1,1 @@
+"""Models: names and architectures, where their weights are, what their denoisers take, LoRA files."""

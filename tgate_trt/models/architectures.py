@@ -1,0 +1,54 @@
+"""The named models, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tgate_trt import demo
+
+_HERE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is to be known of a named model beside its configuration files."""
+
+    name: str
+    height: int
+    """Native height of a picture in pixels."""
+    width: int
+    """Native width of a picture in pixels."""
+    gate_step: int | float
+    """Default gate: the official code's count over the official number of steps, so that it suits any number."""
+    steps: int
+    """Default number of sampling steps."""
+    guidance_scale: float | None
+    """Default guidance scale, or None for the pipeline's own."""
+    hub_id: str | None
+    """Where its weights are published; None if they come with this package."""
+    denoiser_hub_id: str | None = None
+    """Where the denoiser's weights are published, if not there."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of its configuration files, and of its weights if they come with this package."""
+        return _HERE / "configs" / self.name if self.hub_id else _HERE / "demo" / "model"
+
+
+_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    row.name: row
+    for row in (
+        Architecture("shapes", 64, 64, 0.4, demo.NUM_INFERENCE_STEPS, demo.GUIDANCE_SCALE, None),
+        Architecture("sd15", 512, 512, 10 / 25, 25, 7.5, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        Architecture("sd21", 768, 768, 10 / 25, 25, 7.5, "stabilityai/stable-diffusion-2-1"),
+        Architecture("sdxl", 1024, 1024, 10 / 25, 25, 5.0, _SDXL),
+        Architecture("lcm-sdxl", 1024, 1024, 2 / 4, 4, 8.0, _SDXL, "latent-consistency/lcm-sdxl"),
+        Architecture("pixart-alpha", 1024, 1024, 15 / 25, 25, 4.5, "PixArt-alpha/PixArt-XL-2-1024-MS"),
+        Architecture("pixart-sigma", 1024, 1024, 15 / 25, 25, 4.5, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    )
+}
+"""The named models; gate steps are the official defaults of T-GATE."""

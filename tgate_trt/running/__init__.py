@@ -1,0 +1,1 @@
+"""Running a bundle: engines and components loaded, put into a pipeline, and drawn with."""

@@ -1,0 +1,138 @@
+"""Load a bundle's engines."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.components import component_of, weight_files
+from tgate_trt.bundle.loras import BundleLoras
+from tgate_trt.bundle.manifest import BESIDE
+from tgate_trt.eager import torch_dtype
+from tgate_trt.engines.base import Engine
+from tgate_trt.engines.tensorrt_flavours import FLAVOURS
+from tgate_trt.errors import UnsupportedError
+from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
+from tgate_trt.taps import recipe
+
+if TYPE_CHECKING:
+    from tgate_trt.engines.shared_weights import SharedWeights
+    from tgate_trt.engines.tensorrt import Arena, RuntimeOptions
+
+
+@dataclasses.dataclass
+class EngineLoader:
+    """Loads engines of one backend of a bundle; they share what engines of one pipeline can share."""
+
+    bundle: Bundle
+    backend: str
+    device: torch.device
+    threads: int | None = None
+    """CPU threads of an engine; one a core if None."""
+    cuda_graphs: bool = True
+    """Whether engines of TensorRT and PyTorch capture their launches on a GPU, and replay them."""
+    specialisation: str = "lazy"
+    """When TensorRT-RTX compiles kernels for a shape: ``"lazy"``, ``"eager"`` or ``"none"``."""
+    compile: bool = False
+    """Whether PyTorch's engines run `torch.compile`'s code."""
+
+    def __post_init__(self) -> None:
+        """Read the LoRAs that were put into the bundle, once for all engines."""
+        self.loras = BundleLoras.read(self.bundle)
+        self.changed_weights = cache(self.loras.weights)
+        self._arena: Arena | None = None
+        self._shared: dict[tuple[Path, ...], SharedWeights] = {}
+        self._state: dict[str, Tensor] = {}
+
+    def load(self, graph: str) -> Engine:
+        """Load one engine, with the LoRAs that were put into the bundle.
+
+        Raises:
+            BundleError: if the bundle holds no such engine, or it cannot be loaded.
+            InputError: if there is no such specialisation.
+            UnsupportedError: if this machine lacks the backend.
+        """
+        spec = self.bundle.graph(graph)
+        path = self.bundle.folder / self.bundle.manifest.engines[self.backend].files[graph]
+        if self.backend in UNCOMPILED:
+            # No profile is needed: such an engine takes every batch for which the trace holds.
+            spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
+        changed = self.changed_weights(component_of(self.bundle, graph))
+        if self.backend == PYTORCH:
+            return self._load_module(path, spec, changed)
+        if self.backend == ONNXRUNTIME:
+            from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
+
+            return OnnxRuntimeEngine(path, spec, device=self.device, threads=self.threads, changed=changed)
+        return self._load_plan(path, spec, changed)
+
+    def _load_module(self, weights: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
+        """The denoiser in PyTorch; all graphs share its weights."""
+        from safetensors.torch import load_file
+
+        from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
+
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError("PyTorch cannot use CUDA here; use device='cpu'")
+        if not self._state:
+            self._state = load_file(weights, device=str(self.device))
+        built_for = self.bundle.manifest.built_for
+        architecture = self.bundle.denoiser_on_meta(torch_dtype(built_for.precision))
+        options = PyTorchOptions(self.cuda_graphs, self.compile, self.threads, built_for.fuse_cache_reuse)
+        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed)
+
+    def _load_plan(self, path: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
+        from tgate_trt.engines.shared_weights import SharedWeights
+        from tgate_trt.engines.tensorrt import Arena, TensorRTEngine
+
+        if self.device.type != "cuda":
+            raise UnsupportedError(
+                f"{self.backend} runs on an NVIDIA GPU, not on {self.device}; use device='cuda' or backend='onnxruntime'"
+            )
+        if self._arena is None:
+            self._arena = Arena(self.device)
+        files, weights = weight_files(self.bundle, spec.name), None
+        if self.bundle.manifest.engines[self.backend].options["weights"] != "baked":
+            weights = self._shared[files] = self._shared.get(files) or SharedWeights(files, self._arena.device)
+        return TensorRTEngine(
+            path,
+            spec,
+            FLAVOURS[self.backend],
+            self._arena,
+            weights=weights,
+            weight_files=files,
+            options=runtime_options(self.bundle, self.cuda_graphs, self.specialisation),
+            changed=changed,
+        )
+
+
+def runtime_options(bundle: Bundle, cuda_graphs: bool = True, specialisation: str = "lazy") -> RuntimeOptions:
+    """How plans of a bundle are run; what TensorRT-RTX compiles is kept beside it.
+
+    Raises:
+        InputError: if there is no such specialisation.
+    """
+    from tgate_trt.engines.tensorrt import RuntimeOptions
+
+    return RuntimeOptions(cuda_graphs, specialisation, bundle.folder.absolute().parent / BESIDE / "compiled")
+
+
+def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
+    """Load one engine of a bundle; see `EngineLoader.load`."""
+    return EngineLoader(bundle, backend, device or best_device(backend), threads).load(graph)
+
+
+def best_device(backend: str) -> torch.device:
+    """Where a backend runs best on this machine."""
+    if backend == ONNXRUNTIME:
+        from tgate_trt.engines.onnxruntime import default_device
+
+        return default_device()
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,279 @@
+"""Load a bundle as a diffusers pipeline, or put its engines into a pipeline that is there already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from tgate_trt.bundle.backends import choose_backend, has_engine
+from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.components import TEXT_ENCODERS
+from tgate_trt.bundle.loras import BundleLoras, refit_bundle
+from tgate_trt.eager import torch_dtype
+from tgate_trt.errors import InputError
+from tgate_trt.export.weights import WEIGHTS_FILE
+from tgate_trt.files import opened_file
+from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, GateStep
+from tgate_trt.models.lora import LoraFile, parameter_names
+from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
+from tgate_trt.running.loading import EngineLoader, best_device
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a bundle's engines are loaded, and how they run: keywords of `load` and `apply`."""
+
+    gate_step: GateStep | None
+    """Number of planning steps, a fraction of the steps, or ``"none"``; the model's own default if None."""
+    after_gate: str
+    """What a guided run does from the gate on: ``"negative"`` is T-GATE; ``"positive"`` keeps the prompt's half; ``"fading"``
+    keeps that and fades guidance out; see `tgate_trt.gate.after_gate`."""
+    backend: str | None
+    """Of `tgate_trt.bundle.backends.BACKENDS`; the first that the bundle holds and that runs here if None."""
+    device: str | torch.device | None
+    """``"cpu"`` or ``"cuda"``; where the backend runs best if None."""
+    guidance: bool | None
+    """Whether runs use classifier-free guidance; read from the pipeline at each run if None."""
+    threads: int | None
+    """CPU threads of an engine; one a core if None."""
+    low_memory: bool
+    """Whether to hold one of the denoiser's engines at a time; each is loaded anew in every run."""
+    components: bool
+    """Whether text encoders and the VAE's decoder run as engines too, where the bundle holds them; by default in `load`, and not in
+    `apply`, where they would replace the pipeline's own."""
+    cuda_graphs: bool
+    """Whether engines of TensorRT and PyTorch capture their launches on a GPU, and replay them; the default."""
+    specialisation: str
+    """When TensorRT-RTX compiles kernels for a shape: ``"lazy"``, in the background, the default; ``"eager"``; ``"none"``."""
+    torch_compile: bool
+    """Whether PyTorch's engines run `torch.compile`'s code; it takes minutes at the first call."""
+
+
+def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]) -> Any:
+    """Load a bundle as a diffusers pipeline whose denoiser switches engines at the gate.
+
+    Args:
+        bundle: folder of a bundle, or a bundle that is open.
+        **options: ``gate_step``, ``after_gate``, ``backend``, ``device``, ``guidance``, ``threads``, ``low_memory``, ``components``,
+            ``cuda_graphs``, ``specialisation``, ``torch_compile``; see `LoadOptions`.
+
+    Returns:
+        The `DiffusionPipeline` that the bundle was built from, on the engines' device.
+
+    Raises:
+        BundleError: if the bundle cannot be used.
+        InputError: if an option is impossible.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    loader = loader_of(opened, options)
+    pipeline = pipeline_of(opened, loader, components=options.get("components", True))
+    _put(pipeline, loader, getattr(pipeline, opened.manifest.model.attribute), options)
+    _refit_components(pipeline, loader.loras, with_engines=False)
+    return pipeline.to(_gated(pipeline).device)
+
+
+def apply(pipeline: Any, bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]) -> Any:
+    """Put a bundle's engines into a diffusers pipeline in the place of its UNet or transformer.
+
+    Args:
+        pipeline: a pipeline of the model that the bundle was built from, on the device of the engines.
+        bundle: folder of a bundle, or a bundle that is open.
+        **options: see `load`; text encoders and VAE stay the pipeline's own unless ``components=True``.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        BundleError: if the bundle cannot be used.
+        InputError: if the pipeline is of another model, or an option is impossible.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    attribute = opened.manifest.model.attribute
+    before = getattr(pipeline, attribute, None)
+    denoiser = before.replaces if isinstance(before, GatedDenoiser) else before
+    if not isinstance(denoiser, nn.Module):
+        raise InputError(f"the bundle replaces a pipeline's {attribute!r}, which {type(pipeline).__name__} does not have")
+    _refuse_another_model(denoiser, opened)
+    loader = loader_of(opened, options)
+    _put(pipeline, loader, denoiser, options)
+    if options.get("components", False):
+        replace_components(pipeline, opened, component_graphs(loader), loader.load)
+    if isinstance(before, GatedDenoiser) and before.serves(pipeline):  # not one that `from_pipe` shares with another pipeline
+        before.close()
+    return pipeline
+
+
+def remove(pipeline: Any) -> Any:
+    """Put back the denoiser that `apply` replaced, and free the engines.
+
+    Raises:
+        InputError: if the pipeline has none of our denoisers, or `load` made it, so that there is none to put back.
+    """
+    gated = _gated(pipeline)
+    if any(parameter.is_meta for parameter in gated.replaces.parameters()):
+        raise InputError("this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers")
+    if gated.serves(pipeline):
+        gated.close()
+    setattr(pipeline, "unet" if pipeline.components.get("unet") is gated else "transformer", gated.replaces)
+    restore_components(pipeline)
+    return pipeline
+
+
+def refit(target: str | os.PathLike[str] | Bundle | Any, lora: Sequence[str | LoraFile] = ()) -> Any:
+    """Put LoRAs into a bundle without building it again, or into a pipeline that was loaded from one.
+
+    Args:
+        target: folder of a bundle, a bundle that is open, or a pipeline of `load` or `apply`, whose bundle on disk stays as it is.
+        lora: files, ``"FILE"`` or ``"FILE:SCALE"``, that take the place of those of an earlier refit; none brings back the
+            weights that were built.
+
+    Returns:
+        The bundle, opened anew, or the same pipeline.
+
+    Raises:
+        InputError: if a file is no LoRA, or of another architecture.
+        UnsupportedError: if an engine holds its weights and cannot be given others.
+        StaleBundleError: if the bundle's weights were discarded.
+    """
+    files = [LoraFile.parse(one) if isinstance(one, str) else one for one in lora]
+    if isinstance(target, str | os.PathLike | Bundle):
+        return refit_bundle(target if isinstance(target, Bundle) else Bundle.open(target), files)
+    gated = _gated(target)
+    bundle, backend = gated.origin
+    loras = BundleLoras.read(bundle, files)
+    loras.refuse_what_cannot_be_refitted(backend)
+    weights = loras.weights(bundle.manifest.model.attribute)
+    for engine in (gated.planning, gated.fidelity):
+        engine.replace_weights(weights)
+    _refit_components(target, loras, with_engines=True)
+    return target
+
+
+def loader_of(bundle: Bundle, options: LoadOptions) -> EngineLoader:
+    """The loader of the engines that options ask for.
+
+    Raises:
+        TypeError: if there is no such option.
+        InputError: if there is no such backend.
+        StaleBundleError: if the bundle holds no engine that runs here.
+    """
+    unknown = options.keys() - LoadOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {sorted(unknown)[0]!r}; the options are {', '.join(LoadOptions.__annotations__)}")
+    backend, device = choose_backend(bundle, options.get("backend")), options.get("device")
+    return EngineLoader(
+        bundle,
+        backend,
+        best_device(backend) if device is None else torch.device(device),
+        options.get("threads"),
+        options.get("cuda_graphs", True),
+        options.get("specialisation", "lazy"),
+        options.get("torch_compile", False),
+    )
+
+
+def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool) -> Any:
+    """The bundle's pipeline; its denoiser is an architecture without weights, in whose place a `GatedDenoiser` is to be put.
+
+    Args:
+        bundle: that is open.
+        loader: of the components' engines.
+        components: whether text encoders and the VAE's decoder run as engines, where the bundle holds them.
+    """
+    from diffusers import DiffusionPipeline
+
+    precision = _pipeline_precision(bundle, loader.device)
+    parts = load_compiled(bundle, component_graphs(loader) if components else (), loader.load, precision)
+    dtype = torch_dtype(precision)
+    given = {name: part.architecture for name, part in parts.items()} | {bundle.manifest.model.attribute: bundle.denoiser_on_meta(dtype)}
+    pipeline = DiffusionPipeline.from_pretrained(bundle.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    for name, part in parts.items():
+        setattr(pipeline, name, part)
+    return pipeline
+
+
+def component_graphs(loader: EngineLoader) -> list[str]:
+    """Graphs of components of which the bundle holds engines of the backend that runs."""
+    return [graph for graph in loader.bundle.manifest.model.components if has_engine(loader.bundle, graph, loader.backend)]
+
+
+def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: LoadOptions) -> None:
+    """Load the denoiser's engines and put them into a pipeline."""
+    manifest, low_memory = loader.bundle.manifest, options.get("low_memory", False)
+    planning = loader.load("planning")
+    if low_memory:
+        planning.unload()
+    gated = GatedDenoiser(
+        pipeline,
+        replaces,
+        planning,
+        loader.load("fidelity"),
+        gate_step=next(step for step in (options.get("gate_step"), manifest.gate_step, DEFAULT_GATE_STEP) if step is not None),
+        guidance=options.get("guidance"),
+        after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
+        low_memory=low_memory,
+        origin=(loader.bundle, loader.backend),
+    )
+    setattr(pipeline, manifest.model.attribute, gated)
+
+
+def _gated(pipeline: Any) -> GatedDenoiser:
+    """The pipeline's denoiser that runs engines.
+
+    Raises:
+        InputError: if it has none.
+    """
+    for attribute in ("unet", "transformer"):
+        gated = getattr(pipeline, attribute, None)
+        if isinstance(gated, GatedDenoiser):
+            return gated
+    raise InputError(f"{type(pipeline).__name__} has no engines of tgate-trt; load a bundle, or apply one to it")
+
+
+def _refit_components(pipeline: Any, loras: BundleLoras, *, with_engines: bool) -> None:
+    """Give the text encoders the weights that LoRAs change; eager ones first get back those that earlier ones changed."""
+    for name in TEXT_ENCODERS:
+        part, weights = getattr(pipeline, name, None), loras.weights(name)
+        if isinstance(part, Compiled):
+            if with_engines:
+                part.replace_weights(weights)
+            part.replaced = weights
+        elif isinstance(part, nn.Module):
+            before: dict[str, Tensor] = getattr(part, _BEFORE, {})
+            write_weights(part, before)
+            kept = {key: value.clone() for key, value in part.state_dict().items() if not weights.keys().isdisjoint(parameter_names(key))}
+            setattr(part, _BEFORE, kept)
+            write_weights(part, weights)
+
+
+_BEFORE = "_tgate_trt_weights_before_loras"
+"""Attribute of an eager text encoder with the weights that LoRAs changed."""
+
+
+def _pipeline_precision(bundle: Bundle, device: torch.device) -> str:
+    """The precision of the bundle on a GPU; fp32 on a CPU, where half precision is slow and partly missing."""
+    return bundle.manifest.built_for.precision if device.type == "cuda" else "fp32"
+
+
+def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
+    """Refuse a pipeline whose denoiser has another architecture or other weights than the bundle was built from.
+
+    The first row of each parameter is compared: another checkpoint or a fused LoRA changes all of them.
+    """
+    own, built = denoiser.state_dict(), bundle.denoiser_on_meta(torch.float32).state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
+        raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
+    if WEIGHTS_FILE not in bundle.manifest.files:
+        return  # discarded: the architecture is all that can be compared
+    with opened_file(bundle.folder / WEIGHTS_FILE) as weights:
+        for name, tensor in own.items():
+            if tensor.is_meta:
+                return  # `load` made it: it has no weights of its own
+            first_row = weights.get_slice(name)[:1]
+            if not torch.equal(tensor[:1].to(first_row.device, first_row.dtype), first_row):
+                raise InputError(f"the pipeline has other weights than {bundle.folder} was built from: {name!r} differs; build it anew")
