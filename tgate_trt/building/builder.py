@@ -56,7 +56,7 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
     unknown = options.keys() - BuildOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {sorted(unknown)[0]!r}; the options are {', '.join(BuildOptions.__annotations__)}")
-    loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in options.get("lora", ())]
+    loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in options.get("lora") or ()]
     source = resolve(model, random_weights=options.get("random_weights", False), lora=loras)
     request = Request.resolved(source, options)
     target = Path(output) if output is not None else default_output(source, request)
@@ -82,13 +82,13 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
 
 
 def default_output(source: ModelSource, request: Request) -> Path:
-    """Where a bundle goes without ``--output``."""
+    """The folder of a bundle without ``--output``."""
     built_for = request.built_for
     return Path("bundles") / f"{source.name}-{built_for.width}x{built_for.height}-{built_for.precision}"
 
 
 def add_graph(bundle: Bundle, name: str) -> Bundle:
-    """Cut one more graph from a bundle's trace, and keep it there; a bundle that holds it is returned as it is.
+    """Cut one more graph from a bundle's trace and keep it in the bundle; return a bundle that has it as it is.
 
     Raises:
         BuildError: if the trace lacks the taps, or an engine cannot be built.
@@ -144,17 +144,17 @@ def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: dic
 
 
 def _complete(folder: Path, target: Path, source: ModelSource | None, request: Request, manifest: Manifest) -> None:
-    """Add to a folder what a request asks for and its manifest does not hold: graphs, engines, verification.
+    """Add what a request asks for and a folder lacks: graphs, engines, verification.
 
     Args:
-        folder: with the trace and all that the manifest names.
+        folder: with the trace and every file of the manifest.
         target: the bundle that the folder will become.
-        source: of the model; None where nothing is to be verified.
-        request: what is asked for.
-        manifest: of what is there already.
+        source: of the model; None if nothing is to be verified.
+        request: what to add.
+        manifest: of the folder as it is.
     """
     specs, verification, engines = dict(manifest.graphs), dict(manifest.verification), dict(manifest.engines)
-    # The denoiser's engines first: the traces of the others would stay in memory beside their builder.
+    # The denoiser's engines first: the traces of the other graphs would stay in memory beside their builder.
     for graphs in (_denoiser_graphs, _component_graphs):
         specs |= graphs(folder, request, manifest)
         if request.verify and source is not None:
@@ -168,7 +168,7 @@ def _complete(folder: Path, target: Path, source: ModelSource | None, request: R
 
 
 def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
-    """Cut the graphs that are not there yet from the trace."""
+    """Cut the graphs that the bundle lacks from the trace."""
     new = [name for name in request.graphs if name not in manifest.graphs]
     if not new:
         return {}
@@ -177,7 +177,7 @@ def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict
 
 
 def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
-    """Write the graphs of text encoders and VAE that are asked for and not there yet."""
+    """Write the graphs of text encoders and VAE that the bundle lacks."""
     if not request.components:
         return {}
     written = {}
@@ -190,7 +190,7 @@ def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dic
 
 
 def _discard_graphs(folder: Path, graphs: Iterable[str]) -> None:
-    """Remove what baked engines do without."""
+    """Remove the files that baked engines do not need."""
     for name in (TRACE, weights.WEIGHTS_FILE, *map(graph_file, graphs)):
         (folder / name).unlink(missing_ok=True)
 
@@ -203,7 +203,7 @@ def _is_unchanged(file: Path, before: Path) -> bool:
 def _engines(
     folder: Path, target: Path, request: Request, specs: dict[str, GraphSpec], held: Mapping[str, EngineSet]
 ) -> dict[str, EngineSet]:
-    """The engines of every graph, for the backends that are asked for and those that are there."""
+    """The engines of every graph, for the requested backends and those that the bundle has."""
     engines = {}
     for backend in dict.fromkeys((*held, *request.engines.backends)):
         is_wanted, before = backend in request.engines.backends, held.get(backend)
@@ -213,8 +213,8 @@ def _engines(
         if before is not None and not missing:
             engines[backend] = before
             continue
-        wish = request.engines if before is None or is_wanted else request_of(backend, before)
-        built = build_engines(folder, target, backend, missing, wish)
+        wanted = request.engines if before is None or is_wanted else request_of(backend, before)
+        built = build_engines(folder, target, backend, missing, wanted)
         if before is not None:
             built = dataclasses.replace(built, files={**before.files, **built.files}, keys={**before.keys, **built.keys})
         engines[backend] = built
@@ -240,7 +240,7 @@ def _verify_all(folder: Path, source: ModelSource, request: Request, specs: dict
 
 
 def _timed(what: str, work: Callable[[], _T]) -> _T:
-    """Do a piece of the build, and log what it is and how long it took."""
+    """Do a piece of the build, and log its name and time."""
     logger.info("%s …", what)
     start = time.perf_counter()
     result = work()

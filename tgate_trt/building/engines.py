@@ -1,4 +1,4 @@
-"""The engines of a bundle: what they are built for, where one can be reused, and how the rest are built."""
+"""Build a bundle's engines, or reuse those of bundles beside it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ those of convolutions."""
 
 @dataclasses.dataclass(frozen=True)
 class EngineRequest:
-    """Which engines a bundle shall hold."""
+    """The engines to build."""
 
     backends: tuple[str, ...] = (ONNXRUNTIME,)
     weights: str = "baked"
     """Of `WEIGHTS`; PyTorch and ONNX Runtime read the bundle's one file in any case."""
     plan_options: PlanOptions = dataclasses.field(default_factory=PlanOptions)
     plugins: bool | None = None
-    """Whether TensorRT takes the fused reuse of the cache as a plugin; where it can if None."""
+    """Whether TensorRT takes the fused reuse of the cache as a plugin; if None, wherever it can."""
 
     def __post_init__(self) -> None:
-        """Refuse before anything is started what cannot be built here.
+        """Refuse what this machine cannot build, before anything starts.
 
         Raises:
             InputError: if a value is impossible.
@@ -62,7 +62,7 @@ class EngineRequest:
             self._options(flavour).check(flavour, has_gpu=gpu_is_present())
 
     def _options(self, flavour: Flavour) -> PlanOptions:
-        """The options of one flavour: without a GPU, and without one that is named, plans are for every GPU of Ampere and later."""
+        """The options of one flavour: with no GPU here and none named, plans are for every GPU from Ampere on."""
         options = self.plan_options
         if options.capabilities or gpu_is_present() or not flavour.builds_ahead_of_time:
             return options
@@ -86,7 +86,7 @@ class EngineRequest:
 
 
 def request_of(backend: str, engines: EngineSet) -> EngineRequest:
-    """The request that would give a backend's engines again."""
+    """The request that a backend's engines were built by."""
     if backend in UNCOMPILED:
         return EngineRequest((backend,))
     options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu", "plugins")}
@@ -99,7 +99,7 @@ def stale_engine_reasons(backend: str, held: EngineSet, request: EngineRequest |
     Args:
         backend: its name.
         held: its engines in the bundle.
-        request: what is asked for now, or None to ask for the same.
+        request: the options of this build, or None for the same as before.
     """
     reasons = []
     for package, before in held.built_with.items():
@@ -121,7 +121,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
     """Build a backend's engines of some graphs, one after the other, or reuse those of bundles beside the target.
 
     Args:
-        folder: where graphs and weights are, and where the engines are written.
+        folder: of the graphs and weights, where the engines are written.
         target: the bundle that the folder will become.
         backend: its name.
         specs: of the graphs.
@@ -151,7 +151,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 
 @contextlib.contextmanager
 def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Iterator[tuple[Path, dict[str, TensorSpec]]]:
-    """The graph from which an engine is built, and those of its inputs that are weights."""
+    """The graph to build an engine from, and those of its inputs that are weights."""
     graph = folder / f"{name}.onnx"
     if weights == "baked" and not plugins:
         yield graph, {}
@@ -174,7 +174,7 @@ def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Ite
 
 
 def _key(folder: Path, graph: Path, spec: GraphSpec, built: Mapping[str, Any]) -> str:
-    """Hash of what decides an engine: graph, profile, options and versions, and every file of weights that the graph refers to."""
+    """Hash of everything that an engine depends on: graph, profile, options, versions, and the graph's weights files."""
     import onnx_ir as ir
 
     files = {
@@ -189,12 +189,12 @@ def _key(folder: Path, graph: Path, spec: GraphSpec, built: Mapping[str, Any]) -
 
 @functools.lru_cache(maxsize=8)
 def _sha256_of_weights(path: Path, _stamp: tuple[int, ...]) -> str:
-    """Hash of a file that every engine of a build refers to; read once for all of them."""
+    """Hash of a weights file, computed once for all engines of a build."""
     return sha256(path)
 
 
 def _reuse(target: Path, backend: str, name: str, key: str, plan: Path) -> bool:
-    """Take an engine of this key from the target as it is, or from a bundle beside it, if one is there and whole."""
+    """Take an engine of this key from the old bundle or from one beside it, if there is one and it is undamaged."""
     for manifest in sorted(target.absolute().parent.glob(f"*/{MANIFEST}")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             data = json.loads(manifest.read_text(encoding="utf-8"))
@@ -213,12 +213,12 @@ def _reuse(target: Path, backend: str, name: str, key: str, plan: Path) -> bool:
 def _build(
     flavour: Flavour, graph: Path, plan: Path, spec: GraphSpec, request: EngineRequest, parameters: Mapping[str, TensorSpec], target: Path
 ) -> None:
-    """Build one plan, telling how far it is."""
+    """Build one plan, with its progress in the log."""
     beside = target.absolute().parent / BESIDE
     what = f"{flavour.backend} engine of {spec.name}"
     start = time.perf_counter()
 
-    def tell(fraction: float, phase: str) -> None:
+    def log_progress(fraction: float, phase: str) -> None:
         logger.info("%s: %s …", what, phase, extra={"progress": fraction})
 
     logger.info("%s …", what)
@@ -232,7 +232,7 @@ def _build(
         plugins=request.uses_plugins(flavour),
         log=beside / "logs" / f"{target.name}.{spec.name}.{flavour.backend}.log",
         timing_cache=beside / f"timing.{flavour.backend}-{flavour.version()}.cache",
-        on_progress=tell,
+        on_progress=log_progress,
     )
     logger.info("%s done in %.1f s", what, time.perf_counter() - start)
     logger.info("%s: %.1f MB", plan.name, report["bytes"] / 1e6)

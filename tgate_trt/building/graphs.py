@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is to be traced."""
+    """What to trace."""
 
     model: ModelReference
     folder: Path
-    """Folder of the weights, where the trace goes."""
+    """Of the weights; the trace is written there."""
     built_for: BuiltFor
 
 
 def write_trace(source: ModelSource, folder: Path, built_for: BuiltFor) -> None:
     """Write ``trace.onnx``, its parameters in the weights file beside it.
 
-    PyTorch's exporter keeps a third of a gigabyte of what it met on SDXL, which would stay for the rest of a build, so large
-    models are traced in a process of their own. That costs seconds, so small ones are traced in this one.
+    PyTorch's exporter keeps a third of a gigabyte after SDXL, which would stay for the rest of a build, so large models are
+    traced in a process of their own. That costs seconds, so small ones are traced in this one.
 
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.

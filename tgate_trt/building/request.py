@@ -1,4 +1,4 @@
-"""What a bundle is asked to be: the options of a build, checked, with what was left out filled in."""
+"""The options of a build, checked and completed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class BuildOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a bundle is to be built for."""
+    """What to build."""
 
     built_for: BuiltFor
     graphs: tuple[str, ...]
@@ -76,7 +76,7 @@ class Request:
 
     @classmethod
     def resolved(cls, source: ModelSource, options: BuildOptions) -> Request:
-        """Check what was asked for, and fill in what was not.
+        """Check the options, and fill in those that were left out.
 
         Raises:
             InputError: if a value is impossible.
@@ -94,7 +94,7 @@ class Request:
         engines = EngineRequest(
             _backends(options.get("backend")),
             options.get("weights", "baked"),
-            dataclasses.replace(plans, capabilities=tuple(options.get("compute_capability", ()))),
+            dataclasses.replace(plans, capabilities=tuple(options.get("compute_capability") or ())),
             plugins=None if fusion is None else fusion == "plugin",
         )
         height, width = options.get("height") or source.height, options.get("width") or source.width
@@ -116,7 +116,7 @@ class Request:
 
 
 def _backends(backend: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The backends that were asked for, or the one that suits this machine."""
+    """The backends asked for, or the default of this machine."""
     if not backend:
         return (TENSORRT.backend,) if gpu_is_present() and TENSORRT.is_installed() else (ONNXRUNTIME,)
     names = backend.split(",") if isinstance(backend, str) else backend
@@ -127,7 +127,7 @@ def _backends(backend: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _precision(precision: str | None, backends: Sequence[str]) -> str:
-    """The precision that was asked for, or the one that suits the backends."""
+    """The precision asked for, or the default of the backends."""
     on_cpu = ONNXRUNTIME in backends or (PYTORCH in backends and not gpu_is_present())
     precision = precision or ("fp32" if on_cpu else "fp16")
     if precision not in PRECISIONS:

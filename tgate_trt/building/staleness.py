@@ -1,4 +1,4 @@
-"""Whether a bundle still is what it would be if it were built now, and if not, why."""
+"""Whether a build now would give the same bundle, and if not, why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tgate_trt.errors import InputError
 from tgate_trt.models.resolve import resolve_again
 
 _TOOLCHAIN = ("tgate-trt", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-"""Packages whose versions decide what graphs a build gives."""
+"""Packages whose versions decide the graphs of a build."""
 
 
 def toolchain() -> dict[str, str]:
@@ -27,8 +27,8 @@ def stale_reasons(manifest: Manifest, content: str | None, request: Request | No
 
     Args:
         manifest: of the bundle.
-        content: hash of the model as it is now, or None if it cannot be known.
-        request: what is asked for now, or None to ask for the same.
+        content: hash of the model as it is now, or None if the model is not here.
+        request: the options of this build, or None for the same as before.
     """
     reasons = []
     if content is not None and content != manifest.model.content:
@@ -47,7 +47,7 @@ def stale_reasons(manifest: Manifest, content: str | None, request: Request | No
 
 
 def missing_parts(manifest: Manifest, request: Request) -> list[str]:
-    """What a request asks for and a bundle lacks, though its trace is what it would be now; empty if it lacks nothing."""
+    """What a bundle whose trace is up to date lacks of a request; empty if it lacks nothing."""
     parts = [f"the {graph} graph is new" for graph in request.graphs if graph not in manifest.graphs]
     if request.components:
         parts += [f"the {graph} graph is new" for graph in manifest.model.components if graph not in manifest.graphs]
@@ -66,23 +66,23 @@ def missing_parts(manifest: Manifest, request: Request) -> list[str]:
 
 @dataclass(frozen=True)
 class State:
-    """What is to be said of a bundle on this machine."""
+    """The state of a bundle on this machine."""
 
     stale: tuple[str, ...]
     """Why it should be built again; empty if it is valid."""
     remarks: tuple[str, ...]
-    """What could not be checked, or does not run here."""
+    """What could not be checked, and which engines run here."""
 
 
 def state_of(bundle: Bundle) -> State:
-    """Compare a bundle with its model, if that is still here, and with the packages that are installed."""
+    """Compare a bundle with its model, if that is still here, and with the installed packages."""
     remarks = []
     manifest = bundle.manifest
     try:
         content = resolve_again(manifest.model.reference).fingerprint(manifest.model.fingerprint)["content"]
     except InputError:
         content = None
-        remarks.append(f"the model that it was built from, {manifest.model.reference.model}, is not here, so changes to it cannot be seen")
+        remarks.append(f"its model, {manifest.model.reference.model}, is not here, so changes to it cannot be seen")
     for backend, engines in manifest.engines.items():
         reason = why_not(backend, engines)
         remarks.append(f"its {backend} engines {'run here' if reason is None else f'do not run here: {reason}'}")

@@ -26,7 +26,7 @@ _LARGE_PICTURE = 512 * 512
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is to be verified."""
+    """What to verify."""
 
     model: ModelReference
     folder: Path

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 ONNXRUNTIME, PYTORCH = "onnxruntime", "pytorch"
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", PYTORCH, ONNXRUNTIME)
-"""Backends of this version, in the order in which `load` tries them on a GPU; on the CPU, PyTorch is the last."""
+"""Backends, in the order in which `load` tries them on a GPU; on the CPU PyTorch comes last."""
 
 UNCOMPILED = (PYTORCH, ONNXRUNTIME)
-"""Backends that run what a bundle holds anyway, its graphs or its weights, and build nothing."""
+"""Backends that build no engine files: they run a bundle's graphs or weights as they are."""
 
 
 def why_not(backend: str, engines: EngineSet) -> str | None:
-    """Why a bundle's engines of a backend cannot run on this machine; None if they can, as far as that shows without loading one."""
+    """Why a bundle's engines of a backend cannot run on this machine; None if they can, as far as can be checked without loading one."""
     if backend in UNCOMPILED:
         return None
     flavour = FLAVOURS.get(backend)
@@ -63,8 +63,8 @@ def choose_backend(bundle: Bundle, backend: str | None) -> str:
     for name, reason in reasons.items():
         if reason is None:
             return name
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise StaleBundleError(f"no engine of {bundle.folder} runs here ({told}); add one with tgate-build --backend {ONNXRUNTIME}")
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise StaleBundleError(f"no engine of {bundle.folder} runs here ({why}); add one with tgate-build --backend {ONNXRUNTIME}")
 
 
 def has_engine(bundle: Bundle, graph: str, backend: str) -> bool:

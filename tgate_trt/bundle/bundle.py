@@ -1,4 +1,4 @@
-"""A bundle: one folder that holds all it takes to make pictures, and a manifest that says what and for what.
+"""A bundle: one folder with everything that draws pictures, and its manifest.
 
     manifest.json         what the bundle is; written last
     trace.onnx            the tapped trace, from which further graphs are cut
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest has been read and whose files are there as it says."""
+    """A bundle on disk whose files match its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -46,7 +46,7 @@ class Bundle:
 
         Args:
             folder: the bundle.
-            full: hash every file, whatever its stamp says.
+            full: hash every file, even if its stamp is unchanged.
 
         Raises:
             BundleError: if the bundle is missing, foreign, damaged or of another version.
@@ -66,7 +66,7 @@ class Bundle:
         return self.folder / PIPELINE
 
     def denoiser_on_meta(self, dtype: torch.dtype) -> nn.Module:
-        """The denoiser's architecture on the ``meta`` device: what a pipeline reads of it besides calling it."""
+        """The denoiser's architecture on the ``meta`` device, with the attributes that a pipeline reads."""
         from torch import nn
 
         from tgate_trt.eager import on_meta
@@ -78,7 +78,7 @@ class Bundle:
         """The spec of a graph.
 
         Raises:
-            BundleError: if the bundle does not hold it.
+            BundleError: if the bundle lacks it.
         """
         if name not in self.manifest.graphs:
             raise BundleError(f"{self.folder} holds no {name} graph; build it with --graphs {','.join([*self.manifest.graphs, name])}")
@@ -89,7 +89,7 @@ class Bundle:
         found = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir()}
         foreign = sorted(found - set(self.manifest.files) - {MANIFEST, STAMPS})
         if foreign:
-            raise BundleError(f"{foreign[0]} is not of this bundle; take it away")
+            raise BundleError(f"{foreign[0]} is not part of this bundle; remove it")
         fresh = {}
         for name, expected in self.manifest.files.items():
             path = self.folder / name
@@ -110,7 +110,7 @@ def describe_files(folder: Path, known: Mapping[str, HeldFile] | None = None) ->
 
     Args:
         folder: of a bundle.
-        known: of files that are there unchanged, so that they need not be read again.
+        known: records of files that are unchanged, which are not read again.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, STAMPS))
     names = {str(path.relative_to(folder)): path for path in paths}
@@ -118,7 +118,7 @@ def describe_files(folder: Path, known: Mapping[str, HeldFile] | None = None) ->
 
 
 def copy_into(bundle: Bundle, folder: Path) -> None:
-    """Put the files of a bundle into an empty folder, without a copy of their bytes where the file system can link them."""
+    """Link the files of a bundle into an empty folder; copy them where the file system cannot link."""
     for name in bundle.manifest.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(bundle.folder / name, folder / name)
@@ -131,7 +131,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_stamps(folder: Path, stamps: Mapping[str, list[int]]) -> None:
-    """Remember that these files were found right; a folder that cannot be written is hashed again next time."""
+    """Record that these files matched their hashes; a folder that cannot be written is hashed again next time."""
     with contextlib.suppress(OSError):
         replace_file(folder / STAMPS, json.dumps(stamps))
 

@@ -1,4 +1,4 @@
-"""The manifest: what a bundle is, what it was built from, with and for."""
+"""The manifest: what a bundle holds, what it was built from, with and for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRACE = "trace.onnx"
 PIPELINE = "pipeline"
 
 BESIDE = ".tgate-trt"
-"""Folder beside bundles of what they share: logs of builders, timing caches, kernels compiled for the GPU at hand."""
+"""Folder beside bundles for what they share: builders' logs, timing caches, kernels compiled for this machine's GPU."""
 
 
 def graph_file(graph: str) -> str:
@@ -91,7 +91,7 @@ class EngineSet:
     built_with: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that made them, beside those that made the graphs."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """By graph, a hash of everything that decides what an engine is: engines of one key stand for each other."""
+    """By graph, a hash of everything that an engine depends on: engines of one key are interchangeable."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class HeldFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is, what it was built from, with and for."""
+    """What a bundle holds, what it was built from, with and for."""
 
     model: BuiltFrom
     built_for: BuiltFor
@@ -126,7 +126,7 @@ class Manifest:
     engines: Mapping[str, EngineSet]
     """By backend."""
     verification: Mapping[str, Any]
-    """What was compared with eager PyTorch, by graph; empty where the build was told not to."""
+    """What was compared with eager PyTorch, by graph; empty for a build with ``verify=False``."""
     gate_step: GateStep | None
     """The model's default, or None if it has none."""
     steps: int

@@ -12,8 +12,17 @@ from tgate_trt.cli.common import application, console, reporting
 app = application()
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _gibibytes(text: str) -> int:
+    return int(float(text) * 2**30)
+
+
 @app.command()
 def build(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="shapes, sd15, sd21, sdxl, lcm-sdxl; a diffusers folder; a .safetensors checkpoint; or a hub id.")
     ],
@@ -31,7 +40,9 @@ def build(
     height: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
-    graphs: Annotated[str, typer.Option(help="Graphs to cut, with commas: vanilla, planning, fidelity.")] = "planning,fidelity",
+    graphs: Annotated[
+        str, typer.Option(parser=_names, metavar="NAMES", help="Graphs to cut, with commas: vanilla, planning, fidelity.")
+    ] = "planning,fidelity",
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,7 +70,8 @@ def build(
     ] = False,
     optimization_level: Annotated[int | None, typer.Option(help="Of TensorRT's builder, 0 to 5. [default: TensorRT's]")] = None,
     workspace: Annotated[
-        float | None, typer.Option(help="GiB of scratch memory that a TensorRT kernel may use. [default: no limit]")
+        str | None,
+        typer.Option(parser=_gibibytes, metavar="GIB", help="Scratch memory that a TensorRT kernel may use. [default: no limit]"),
     ] = None,
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Let later versions of TensorRT run the engines.")
@@ -68,7 +80,7 @@ def build(
         bool, typer.Option("--hardware-compatible", help="Let other GPUs from Ampere on run the engines; tensorrt only.")
     ] = False,
     refittable: Annotated[bool, typer.Option("--refittable", help="Let the weights in the engines be exchanged; takes a GPU.")] = False,
-    strip: Annotated[
+    stripped: Annotated[
         bool, typer.Option("--strip", help="Leave the weights out of the engines until they are loaded; takes a GPU.")
     ] = False,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
@@ -81,36 +93,15 @@ def build(
     For example: `tgate-build --model shapes`
     """
     with reporting(verbose):
+        import dataclasses
+
         import tgate_trt
         from tgate_trt.engines.tensorrt_builder import PlanOptions
 
-        bundle = tgate_trt.build(
-            model,
-            output,
-            backend=backend,
-            precision=precision,
-            height=height,
-            width=width,
-            batch_size=batch_size,
-            graphs=graphs.split(","),
-            compute_capability=compute_capability or (),
-            weights=weights,
-            plan_options=PlanOptions(
-                optimization_level=optimization_level,
-                workspace=None if workspace is None else int(workspace * 2**30),
-                version_compatible=version_compatible,
-                hardware_compatible=hardware_compatible,
-                refittable=refittable,
-                stripped=strip,
-            ),
-            lora=lora or (),
-            components=components,
-            fuse_cache_reuse=fuse_cache_reuse,
-            discard_graphs=discard_graphs,
-            random_weights=random_weights,
-            verify=verify,
-            force=force,
-        )
+        options = {name: value for name, value in context.params.items() if name != "verbose"}
+        plans = {field.name for field in dataclasses.fields(PlanOptions)} & options.keys()
+        options["plan_options"] = PlanOptions(**{name: options.pop(name) for name in plans})
+        bundle = tgate_trt.build(**options)
         size = sum(file.size for file in bundle.manifest.files.values())
         console.print(f"{bundle.folder}: {', '.join(bundle.manifest.graphs)}; {size / 1e6:,.0f} MB")
 

@@ -1,4 +1,4 @@
-"""What the commands share: how they report progress, and how they fail."""
+"""What the commands share: progress, errors, exit codes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 FAILED = 1
-"""Exit code where the user's input or machine is the reason; 2 is wrong usage."""
+"""Exit code for a fault of the user's input or machine; 2 is wrong usage."""
 
 
 class _Progress(logging.Handler):
-    """Shows the library's log: on a terminal a spinner or a bar for what is under way, elsewhere plain lines.
+    """Shows the library's log: on a terminal a spinner or a bar for work in progress, elsewhere plain lines.
 
-    A record that ends with an ellipsis is under way; one with the attribute ``progress``, from 0 to 1, has a bar.
+    A record that ends with an ellipsis opens a spinner; one with the attribute ``progress``, from 0 to 1, moves a bar.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def reporting(verbose: bool) -> Iterator[None]:
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         progress.close()
-        errors.print("stopped; nothing was left behind")
+        errors.print("stopped; unfinished files are removed")
         raise typer.Exit(FAILED) from None
     finally:
         progress.close()
@@ -99,7 +99,7 @@ def reporting(verbose: bool) -> Iterator[None]:
 
 
 def _quieten_libraries() -> None:
-    """Keep the libraries' own bars and remarks out of the commands' output."""
+    """Keep the libraries' own bars and warnings out of the commands' output."""
     import warnings
 
     from diffusers.utils import logging as diffusers_logging
@@ -112,5 +112,5 @@ def _quieten_libraries() -> None:
 
 
 def application() -> typer.Typer:
-    """A command with the options that all of them have."""
+    """A command with the settings that all of them share."""
     return typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)

@@ -64,13 +64,13 @@ def _summary(bundle: Bundle) -> Table:
 
 def _engines(engines: EngineSet) -> str:
     """The graphs of a backend's engines, what they were built for and with."""
-    told = []
+    facts = []
     for name, value in engines.options.items():
         if value not in (None, False, []):
             shown = ", ".join(value) if isinstance(value, list) else value
-            told.append(name.replace("_", " ") + ("" if value is True else f" {shown}"))
-    told += [f"{package} {version}" for package, version in engines.built_with.items()]
-    return ", ".join(engines.files) + (f" ({'; '.join(told)})" if told else "")
+            facts.append(name.replace("_", " ") + ("" if value is True else f" {shown}"))
+    facts += [f"{package} {version}" for package, version in engines.built_with.items()]
+    return ", ".join(engines.files) + (f" ({'; '.join(facts)})" if facts else "")
 
 
 def _graphs(bundle: Bundle) -> Table:

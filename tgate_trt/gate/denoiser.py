@@ -3,8 +3,8 @@
 A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the
 planning engine on that batch. The last planning call's cross-attention outputs are averaged over the two halves and kept.
 From the gate on it runs the fidelity engine on the negative half alone and returns the prediction ``n`` twice, so that
-the pipeline's guidance, ``n + s·(n − n)``, gives ``n``. (T-GATE, arXiv 2404.02747, section 4; `tgate_trt.gate.after_gate` tells
-what else can be kept.)
+the pipeline's guidance, ``n + s·(n − n)``, gives ``n`` (T-GATE, arXiv 2404.02747, section 4). `tgate_trt.gate.after_gate` has
+the other modes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
@@ -30,21 +31,21 @@ _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
 
 @dataclass
 class _Run:
-    """One denoising run: everything that must not outlive it."""
+    """The state of one denoising run, dropped when it ends."""
 
     timesteps: Tensor
-    """The scheduler's own tensor; another object means that another run has begun."""
+    """The scheduler's own tensor; another object there means that another run has begun."""
     schedule: GateSchedule
     after_gate: AfterGate
     guided: bool
     rows: int
     """Rows of each call: two an image under guidance."""
     first: int | None
-    """Place of the first call's timestep among the scheduler's, or None if it is not one of them in memory."""
+    """Index of the first call's timestep in the scheduler's tensor, or None for a copy."""
     calls: int = 0
     """Calls made so far."""
     has_cache: bool = False
-    """Whether the hand-off of this very run has been made; what lies in the buffers before it is another run's."""
+    """Whether this run has made its hand-off; before that the buffers hold another run's caches."""
 
     @property
     def images(self) -> int:
@@ -54,8 +55,8 @@ class _Run:
 class GatedDenoiser(nn.Module):
     """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
 
-    What a pipeline reads of the denoiser besides calling it (``config``, ``dtype``, ``add_embedding``) it reads from the
-    module that this one replaces, which may be an architecture without weights.
+    Attributes that a pipeline reads (``config``, ``dtype``, ``add_embedding``) come from the module that this one replaces,
+    which may be an architecture without weights.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class GatedDenoiser(nn.Module):
         """Make a denoiser for one pipeline.
 
         Args:
-            pipeline: the diffusers pipeline that will call it; its scheduler tells the step.
+            pipeline: the diffusers pipeline that will call it; the step follows from its scheduler.
             replaces: the denoiser that stood there, or its architecture on the ``meta`` device.
             planning: engine for the steps before the gate.
             fidelity: engine for the steps from the gate on. One that takes no caches, such as the vanilla graph's,
@@ -86,7 +87,7 @@ class GatedDenoiser(nn.Module):
             origin: bundle and backend of the engines, where they are of one.
 
         Raises:
-            InputError: if ``gate_step`` is impossible, or ``after_gate`` none of the modes.
+            InputError: if ``gate_step`` is impossible, or ``after_gate`` is no mode.
         """
         super().__init__()
         # Past nn.Module's registry: the pipeline would be a cycle, and the replaced module must not move with `.to()`.
@@ -114,7 +115,7 @@ class GatedDenoiser(nn.Module):
 
     @property
     def gate_step(self) -> GateStep:
-        """Number of planning steps, a fraction of the steps, or ``"none"``; an impossible one raises `InputError` when it is set."""
+        """Number of planning steps, a fraction of the steps, or ``"none"``; setting an impossible one raises `InputError`."""
         return self._gate_step
 
     @gate_step.setter
@@ -123,7 +124,7 @@ class GatedDenoiser(nn.Module):
 
     @property
     def after_gate(self) -> str:
-        """What a guided run does from the gate on; another than the modes raises `InputError` when it is set."""
+        """What a guided run does from the gate on; setting anything but a mode raises `InputError`."""
         return self._after_gate
 
     @after_gate.setter
@@ -133,7 +134,7 @@ class GatedDenoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the engines run. Each run of a pipeline asks for it, and the replaced module would look through all of its parts."""
+        """Where the engines run. Pipelines read it in each run; the replaced module would search all of its parameters for it."""
         return self.planning.device
 
     def forward(
@@ -148,7 +149,7 @@ class GatedDenoiser(nn.Module):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """Predict noise as the replaced denoiser would, or from the gate on as ``after_gate`` says.
+        """Predict noise as the replaced denoiser would, or from the gate on by the mode ``after_gate``.
 
         Args:
             sample: noisy latents, ``[rows, channels, height, width]``; ``[negative, positive]`` under guidance.
@@ -174,7 +175,7 @@ class GatedDenoiser(nn.Module):
             torch.as_tensor(timestep)
         )
         call = run.calls - 1
-        prediction = self._plan(run, call, tensors) if run.schedule.is_planning(call) else self._refine(run, call, tensors)
+        prediction = self._run_planning(run, call, tensors) if run.schedule.is_planning(call) else self._run_fidelity(run, call, tensors)
         if not return_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -203,10 +204,10 @@ class GatedDenoiser(nn.Module):
             raise UnsupportedError(f"encoder_hidden_states must be one tensor, got {type(text).__name__}; IP-Adapter is not supported")
 
     def _advance(self, sample: Tensor, timestep: Tensor | float | int) -> _Run:
-        """The run to which this call belongs, this call counted."""
+        """Count this call, and return the run that it belongs to."""
         pipeline = self._pipeline()
         if pipeline is None:
-            raise GateError("the pipeline of this denoiser is gone; apply the bundle to the pipeline that you use")
+            raise GateError("the pipeline of this denoiser no longer exists; apply the bundle to the pipeline that you use")
         timesteps = pipeline.scheduler.timesteps
         place = _place(timesteps, timestep)
         if self._run is None or self._run.timesteps is not timesteps:
@@ -244,16 +245,16 @@ class GatedDenoiser(nn.Module):
         return _Run(timesteps, schedule, after_gate, guided, rows, _place(timesteps, timestep))
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
-        """Whether the batch is ``[negative, positive]``: as told, as the pipeline says, else by equal halves at the first call."""
+        """Whether the batch is ``[negative, positive]``: by ``guidance``, else by the pipeline, else by equal halves at the first call."""
         if self.guidance is not None:
             return self.guidance
-        said = getattr(pipeline, "do_classifier_free_guidance", None)
-        if said is not None:
-            return bool(said)
+        does_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
+        if does_guidance is not None:
+            return bool(does_guidance)
         return _has_equal_halves(sample)
 
-    def _plan(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
-        """Run with cross-attention on the whole batch; at the last planning call, keep its outputs."""
+    def _run_planning(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Run the planning engine on the whole batch; hand off its caches at the last planning call."""
         if self._low_memory:
             self.fidelity.unload()
         outputs = self._outputs(self.planning, run.rows)
@@ -263,7 +264,7 @@ class GatedDenoiser(nn.Module):
         return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
 
     def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
-        """Write what this run keeps: of the guidance halves the caches' mean or one half's own, or all without guidance."""
+        """Write the caches of the fidelity phase: under guidance the mean of the halves or one half, else all rows."""
         after = run.after_gate
         if run.guided and after.fades:
             negative, positive = outputs[_PREDICTION].chunk(2)
@@ -277,8 +278,8 @@ class GatedDenoiser(nn.Module):
         self._hand_offs[key].run()
         run.has_cache = True
 
-    def _refine(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
-        """Run on the kept half alone, with what was handed off, and return a prediction for both halves."""
+    def _run_fidelity(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Run the fidelity engine on the kept half with the caches, and return the prediction for both halves."""
         if not run.has_cache:
             raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
         if self._low_memory:
@@ -307,11 +308,11 @@ class GatedDenoiser(nn.Module):
         return self._allocated(engine.spec.name, engine.spec.outputs, rows, engine.device)
 
     def _allocated(self, purpose: str, tensors: tuple[TensorSpec, ...], rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Buffers that keep their addresses from call to call and from run to run, so that engines bind them once."""
+        """Buffers at addresses that stay from call to call and from run to run, so that engines bind them once."""
         key = (purpose, rows)
         if key not in self._memory:
             self._memory[key] = {
-                tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=getattr(torch, tensor.dtype), device=device)
+                tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
                 for tensor in tensors
             }
         return self._memory[key]
@@ -322,7 +323,7 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
 
     Args:
         pipeline: after its scheduler's ``set_timesteps``.
-        timestep: of the run's first call; tells where image-to-image begins if the pipeline does not.
+        timestep: of the run's first call: where image-to-image begins, unless the pipeline has ``num_timesteps``.
         gate_step: as the user gave it.
 
     Raises:
@@ -332,8 +333,8 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
     scheduler = pipeline.scheduler
     listed = len(scheduler.timesteps)
     order = int(getattr(scheduler, "order", 1))
-    told = None if getattr(scheduler, "custom_timesteps", False) else getattr(scheduler, "num_inference_steps", None)
-    whole = told or (listed + order - 1) // order
+    stated = None if getattr(scheduler, "custom_timesteps", False) else getattr(scheduler, "num_inference_steps", None)
+    whole = stated or (listed + order - 1) // order
     extra = listed - whole if order == 1 else 0
     if order not in (1, 2) or extra not in (0, 1) or (order == 2 and listed != 2 * whole - 1):
         raise GateError(
@@ -349,7 +350,7 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
 
 
 def _place(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
-    """Which of the scheduler's timesteps this is, told by its address, so that a GPU need not be waited for; None if a copy."""
+    """Index of a timestep in the scheduler's tensor, from its address, so that no GPU has to be waited for; None for a copy."""
     if not isinstance(timestep, Tensor):
         return None
     offset = timestep.data_ptr() - timesteps.data_ptr()
@@ -357,7 +358,7 @@ def _place(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
 
 
 def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
-    """Which of the scheduler's timesteps is the first of this value."""
+    """Index of the scheduler's first timestep of this value."""
     found = (timesteps == torch.as_tensor(timestep).flatten()[0].to(timesteps)).nonzero()
     if not len(found):
         raise GateError(f"timestep {timestep} is none of the scheduler's; a run starts with scheduler.set_timesteps")
@@ -365,7 +366,7 @@ def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
 
 
 def _has_equal_halves(sample: Tensor) -> bool:
-    """Whether a pipeline may have doubled this batch for guidance."""
+    """Whether the first half of the rows equals the second, as in a batch doubled for guidance."""
     rows = sample.shape[0]
     return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
 
@@ -373,11 +374,11 @@ def _has_equal_halves(sample: Tensor) -> bool:
 def _own_inputs(engine: Engine) -> tuple[tuple[str, torch.dtype], ...]:
     """Names and dtypes of an engine's inputs, but for its caches."""
     names = {tensor.name for tensor in engine.spec.cache_inputs}
-    return tuple((tensor.name, getattr(torch, tensor.dtype)) for tensor in engine.spec.inputs if tensor.name not in names)
+    return tuple((tensor.name, torch_dtype(tensor.dtype)) for tensor in engine.spec.inputs if tensor.name not in names)
 
 
 def _inputs(wanted: tuple[tuple[str, torch.dtype], ...], tensors: Mapping[str, Any], half: int | None) -> dict[str, Tensor]:
-    """The tensors that an engine wants, or one half of each, in its dtypes and contiguous; no copy where they are so already."""
+    """The inputs of an engine, or one half of each, contiguous in its dtypes, copied only where they differ."""
     inputs = {}
     for name, dtype in wanted:
         value = tensors.get(name)

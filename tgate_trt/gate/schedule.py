@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from tgate_trt.errors import GateError, InputError
 
 NONE = "none"
-"""The gate step that never comes: planning at every step, which is the vanilla picture."""
+"""The gate step for no gate: planning at every step, which draws the vanilla picture."""
 
 DEFAULT_GATE_STEP = 0.4
-"""Used where a model has none of its own: 10 of 25 steps, as in the official code's tables."""
+"""Gate step of models without one of their own: 10 of 25 steps, as in the official code's tables."""
 
 GateStep = int | float | str
 """A number of planning steps, a fraction of the steps, or ``"none"``."""
@@ -36,10 +36,10 @@ def parse_gate_step(text: str) -> GateStep:
 
 
 def check_gate_step(gate_step: GateStep) -> GateStep:
-    """Return a gate step that is possible for some number of steps.
+    """Return the gate step, if some number of steps can have it.
 
     Raises:
-        InputError: if it is not: a count below 1, a fraction outside (0, 1), or another type or text.
+        InputError: for a count below 1, a fraction outside (0, 1), or another type or text.
     """
     if gate_step == NONE:
         return gate_step
@@ -107,5 +107,5 @@ class GateSchedule:
         return self.step(call) < self.gate_step
 
     def hands_off(self, call: int) -> bool:
-        """Whether this call's cross-attention is what the fidelity phase reuses: the last call of step g - 1."""
+        """Whether the fidelity phase reuses this call's cross-attention: true for the last call of step g - 1."""
         return self.is_planning(call) and call + 1 < self.calls and not self.is_planning(call + 1)

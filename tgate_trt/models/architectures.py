@@ -13,7 +13,7 @@ _HERE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is to be known of a named model beside its configuration files."""
+    """Facts about a named model that its configuration files lack."""
 
     name: str
     height: int
@@ -21,19 +21,19 @@ class Architecture:
     width: int
     """Native width of a picture in pixels."""
     gate_step: int | float
-    """Default gate: the official code's count over the official number of steps, so that it suits any number."""
+    """Default gate: the official step over the official number of steps, so that it suits any number of steps."""
     steps: int
     """Default number of sampling steps."""
     guidance_scale: float | None
     """Default guidance scale, or None for the pipeline's own."""
     hub_id: str | None
-    """Where its weights are published; None if they come with this package."""
+    """Repository of its weights; None if this package ships them."""
     denoiser_hub_id: str | None = None
-    """Where the denoiser's weights are published, if not there."""
+    """Repository of the denoiser's weights, if another."""
 
     @property
     def folder(self) -> Path:
-        """Folder of its configuration files, and of its weights if they come with this package."""
+        """Folder of its configuration files, and of its weights if this package ships them."""
         return _HERE / "configs" / self.name if self.hub_id else _HERE / "demo" / "model"
 
 

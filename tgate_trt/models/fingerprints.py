@@ -1,4 +1,4 @@
-"""Telling by content whether a model changed, without hashing gigabytes that did not."""
+"""Detect by content whether a model changed, without hashing gigabytes that did not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str
     Args:
         files: by the name under which each counts.
         seed: of random weights, or None.
-        revision: commit of a model from the hub, or None; it is told but does not count.
+        revision: commit of a model from the hub, or None; it is recorded but does not enter the hash.
         known: an earlier fingerprint; a file whose stamp equals the one in it is not read.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tgate_trt.errors import InputError
 
 _VARIANTS = (None, "fp16")
-"""File variants to look for; some repositories hold half precision alone."""
+"""File variants to try; some repositories have half precision only."""
 _NOT_NEEDED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 
 
@@ -51,7 +51,7 @@ def download_denoiser(hub_id: str) -> Path:
 
 
 def _sentence(hub_id: str, error: Exception) -> str:
-    """Why a model cannot be had, and what to do."""
+    """Why a download failed, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -64,14 +64,14 @@ def _sentence(hub_id: str, error: Exception) -> str:
         return f"the hub has no public model {hub_id!r}; check its spelling, or log in with hf auth login if it is private"
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " ".join(str(chain[-1]).split())[:200]
     return (
-        f"the model {hub_id!r} is not whole in the hub's cache and could not be downloaded ({reason}); connect, or give a "
+        f"the model {hub_id!r} is incomplete in the hub's cache and could not be downloaded ({reason}); connect, or give a "
         "diffusers folder or a .safetensors file"
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep diffusers from warning of what becomes an error of ours, or turns out well."""
+    """Silence diffusers: each of its warnings here becomes an error of ours or does not matter."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()

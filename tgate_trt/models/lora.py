@@ -1,7 +1,7 @@
 """LoRA files: read in the usual formats, and fused into weights a tensor at a time.
 
-A LoRA changes a weight ``W`` to ``W + scale · (alpha / rank) · up @ down``. Which names a file may use for ``up`` and ``down``
-is diffusers' business, whose conversions are used; peft is not needed.
+A LoRA changes a weight ``W`` to ``W + scale · (alpha / rank) · up @ down``. Files use many
+names for ``up`` and ``down``; diffusers' own conversions map them, so peft is not needed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _NOT_PLAIN = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "LoCon with a core"}
-"""Kinds of adapters that are more than two factors, by what their keys hold."""
+"""Kinds of adapters that are more than two factors, by a part of their keys."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a user names: a file, and how strongly it counts."""
+    """A file and its scale, as a user gives them."""
 
     path: Path
     scale: float = 1.0
@@ -58,7 +58,7 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA that has been read: two factors for each weight that it changes."""
+    """A LoRA in memory: two factors for each weight that it changes."""
 
     file: LoraFile
     factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
@@ -70,7 +70,7 @@ class Lora:
 
         Args:
             file: to read.
-            denoiser: configuration of the denoiser, by whose blocks kohya's names for SDXL are told.
+            denoiser: configuration of the denoiser; kohya's names for SDXL depend on its blocks.
 
         Raises:
             InputError: if the file cannot be read, or holds what no LoRA holds.
@@ -202,7 +202,7 @@ def _by_component(path: Path, tensors: dict[str, Tensor], denoiser: Mapping[str,
         raise InputError(f"{path} is not a LoRA in a format that diffusers reads: {reason}") from error
     lost = [name for name in state if not name.startswith(tuple(f"{component}." for component in found))]
     if lost:
-        raise UnsupportedError(f"{path} holds {lost[0]!r}, which belongs to no part of a pipeline that this version knows")
+        raise UnsupportedError(f"{path} holds {lost[0]!r}, which belongs to no component that this version supports")
     return found
 
 
@@ -235,7 +235,7 @@ def _pairs(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, T
 
 
 class _Scales:
-    """Alpha over rank of each module, as peft's settings say; 1 where a file has none, for its alphas are folded in."""
+    """Alpha over rank of each module, from peft's settings; 1 where a file has none, because its alphas are folded in."""
 
     def __init__(self, metadata: Mapping[str, Any], component: str) -> None:
         prefix = f"{component}."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 GENERATION = 1
-"""Raised whenever the same seed gives other values, so that bundles built before are seen to be stale."""
+"""Raised whenever the same seed gives other values, so that bundles built before become stale."""
 
 _NORM_SPREAD = 0.05
 _EMBEDDING_DEVIATION = 0.02
@@ -51,7 +51,7 @@ def state_tensors(module: nn.Module, *, seed: int, component: str) -> Iterator[t
 
 
 def _value(owner: nn.Module, attribute: str, shape: torch.Size, generator: np.random.Generator) -> Tensor:
-    """Draw one parameter; the layer that owns it says how far its values spread."""
+    """Draw one parameter; the kind of its layer decides how far its values spread."""
     if isinstance(owner, nn.Embedding):
         return _uniform(shape, 0, _EMBEDDING_DEVIATION * math.sqrt(3), generator)
     if isinstance(owner, nn.Linear | nn.Conv2d):

@@ -137,7 +137,7 @@ def _saved(pipeline: Any) -> Path:
 
 
 def _checkpoint(path: Path) -> Path:
-    """Check that a file can be read without unpickling it."""
+    """Check that a checkpoint exists and is not a pickle."""
     if path.suffix in _PICKLED:
         raise InputError(
             f"{path} is a pickle, which can run code when it is read; convert it to .safetensors with a tool that you trust, "
@@ -149,10 +149,10 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _unknown(text: str) -> str:
-    """One sentence on a model that is nowhere."""
+    """One sentence for a model that does not exist."""
     near = difflib.get_close_matches(text.lower(), ARCHITECTURES, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the named models are {', '.join(ARCHITECTURES)}"
-    return f"there is no model {text!r}: it is no name, no folder, no .safetensors file and no hub id owner/name; {hint}"
+    return f"there is no model {text!r}: expected a named model, a folder, a .safetensors file or a hub id owner/name; {hint}"
 
 
 def source_of_folder(
@@ -245,12 +245,12 @@ def _native_size(config: Mapping[str, Any], vae_scale_factor: int) -> tuple[int,
 
 
 def _text_tokens(folder: Path, pipeline: str) -> int:
-    """Tokens to which a pipeline pads a prompt."""
+    """Number of tokens to which a pipeline pads a prompt."""
     if pipeline in _PIXART_TOKENS:
         return _PIXART_TOKENS[pipeline]
     limit = int(read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77))
     settings = folder / "tokenizer" / "tokenizer_config.json"
-    # A tokenizer that was saved without a length says 10^30.
+    # A tokenizer that was saved without a length has 10^30 here.
     return min(limit, int(read_json(settings).get("model_max_length", limit))) if settings.is_file() else limit
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a denoiser, by its configuration."""
+"""The inputs of a denoiser, from its configuration."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _UNSUPPORTED = {
     "num_class_embeds": "class embeddings",
     "encoder_hid_dim_type": "hint or image embeddings",
 }
-"""Conditions of a UNet that graphs do not take, by the configuration's key."""
+"""Conditions of a UNet that the graphs lack, by key of the configuration."""
 
 _TIME_IDS = 6
-"""SDXL's micro-conditioning: original size, crop and target size, two numbers each."""
+"""Numbers of SDXL's micro-conditioning: original size, crop and target size, two each."""
 
 
 def precision_of_component(config: Mapping[str, Any], precision: str) -> str:
-    """The precision of a text encoder or VAE in a bundle: SDXL's VAE overflows in fp16, as its configuration says, so it stays in fp32."""
+    """The precision of a text encoder or VAE in a bundle: SDXL's VAE overflows in fp16 (``force_upcast``), so it stays in fp32."""
     return "fp32" if config.get("force_upcast") and precision == "fp16" else precision
 
 
@@ -46,7 +46,7 @@ def signature(
 
     Raises:
         InputError: if the model cannot make a picture of this size.
-        UnsupportedError: if the denoiser takes conditions that the graphs do not.
+        UnsupportedError: if the denoiser takes conditions that the graphs lack.
     """
     # Each of diffusers' pipelines asks for multiples of 8 pixels, whatever its VAE.
     step = math.lcm(8, vae_scale_factor * config.get("patch_size", 1))

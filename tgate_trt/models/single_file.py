@@ -1,7 +1,7 @@
 """Single ``.safetensors`` checkpoints in the layout of the original authors, such as those shared for SD 1.5 and SDXL.
 
-Which architecture a checkpoint has shows in its header. diffusers knows the names: its converter only moves values from
-key to key, so given names for values it tells which tensor goes where, and tensors can then be read one at a time.
+The header shows the architecture. diffusers' converter only moves values from key to key: called with names in place of
+values, it gives the name in the checkpoint of each tensor, and tensors can then be read one at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PARTS = {
 _ARCHITECTURES = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}
 """Named architecture by diffusers' name for the kind of checkpoint.
 
-A v2 checkpoint does not say whether it predicts noise (512-base) or velocity (768); like diffusers we take it for the latter.
+A v2 checkpoint has no mark of whether it predicts noise (512-base) or velocity (768); like diffusers we assume velocity.
 """
 
 
@@ -41,7 +41,7 @@ def configuration_of(path: Path, config: Path | None) -> tuple[Path, dict[str, A
         config: folder that has it, with tokenizers, or None to find out.
 
     Returns:
-        The folder, and what else is known of the model, as keywords of `tgate_trt.models.resolve.source_of_folder`.
+        The folder, and further facts of the model, as keywords of `tgate_trt.models.resolve.source_of_folder`.
 
     Raises:
         InputError: if the file is no whole checkpoint, or its tokenizers cannot be had.
@@ -126,7 +126,7 @@ def original_names(names: Iterable[str], config: Mapping[str, Any]) -> dict[str,
 
     try:
         sources: dict[str, str] = convert_ldm_unet_checkpoint({name: name for name in names}, config)
-    except KeyError as error:  # it looks some names up without asking whether they are there
+    except KeyError as error:  # it looks up some names without a check
         raise InputError(f"the checkpoint lacks {error}, which its architecture calls for; give a diffusers folder instead") from error
     return sources
 

@@ -134,7 +134,7 @@ class ModelSource:
     denoiser_attribute: str
     """``"unet"`` or ``"transformer"``."""
     gate_step: int | float | None
-    """The model's default gate, or None if nothing is known of it."""
+    """The model's default gate, or None if it has none."""
     steps: int
     guidance_scale: float | None
     height: int

@@ -1,4 +1,4 @@
-"""Which parts of a pipeline beside its denoiser become graphs, and what stands in their places when a bundle is loaded."""
+"""Text encoders and VAE that run as engines in a pipeline."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
 
 
 class Compiled(nn.Module):
-    """Stands where a component stood, and runs an engine.
+    """Replaces a component and runs an engine.
 
-    What a pipeline reads of the component besides is read from its architecture, or from the eager component, which is
-    loaded when first asked for. Who reaches for the eager component may change it, by a LoRA, by tiling; so from then on
-    it is what runs.
+    Other attributes come from its architecture, or from the eager component, which is loaded at the first access. Callers
+    that access the eager component may modify it (a LoRA, tiling), so from then on the eager component runs.
     """
 
     def __init__(self, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> None:
         super().__init__()
-        # Past nn.Module's registry: neither may move with the pipeline's `.to()`, one has no weights to move.
+        # Past nn.Module's registry: neither may move with the pipeline's `.to()`; one has no weights to move.
         object.__setattr__(self, "architecture", architecture)
         object.__setattr__(self, "_load_eager", eager)
         object.__setattr__(self, "_eager", None)
         self.engine = engine
         self.is_touched = False
         self.replaced: Mapping[str, Tensor] = {}
-        """Weights that the engine has instead of those of the bundle, and that an eager component is given too."""
+        """Weights of the engine that differ from the bundle's; the eager component gets them too."""
         self._memory: dict[int, dict[str, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -68,16 +67,18 @@ class Compiled(nn.Module):
         """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`.
 
         Raises:
-            UnsupportedError: if the eager component was reached for, and so may have been changed.
+            UnsupportedError: if the eager component was accessed, and so may have been modified.
         """
         if self.is_touched:
-            raise UnsupportedError(f"the pipeline's {type(self.architecture).__name__} was changed by other means; load the bundle again")
+            raise UnsupportedError(
+                f"the pipeline's {type(self.architecture).__name__} was accessed and may have been modified; load the bundle again"
+            )
         self.engine.replace_weights(weights)
         self.replaced = dict(weights)
         object.__setattr__(self, "_eager", None)
 
     def run(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Run the engine on its one input; gives copies, in the component's dtype."""
+        """Run the engine on its one input, and return copies of its outputs in the component's dtype."""
         (takes,) = self.engine.spec.inputs
         value = tensor.to(self.engine.device, torch_dtype(takes.dtype)).contiguous()
         rows = value.shape[0]
@@ -98,10 +99,10 @@ class Compiled(nn.Module):
 
 
 class CompiledTextEncoder(Compiled):
-    """Stands where ``pipe.text_encoder`` or ``pipe.text_encoder_2`` stood."""
+    """Replaces ``pipe.text_encoder`` or ``pipe.text_encoder_2``."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False, **others: Any) -> Any:
-        """Encode ids as the eager encoder does; it is what runs where the graph does not give what is asked for.
+        """Encode ids as the eager encoder does; the eager encoder runs where the graph lacks an output that the caller asks for.
 
         Args:
             input_ids: ``[rows, tokens]``.
@@ -131,7 +132,7 @@ class CompiledTextEncoder(Compiled):
 
 
 class _HiddenStates(tuple[Tensor, ...]):
-    """States of all layers, of which the last but one is at hand; the others are computed when asked for (``clip_skip``)."""
+    """States of all layers: the last but one from the engine, the others computed at the first access (``clip_skip``)."""
 
     def __new__(cls, penultimate: Tensor, compute: Callable[[], tuple[Tensor, ...]]) -> _HiddenStates:
         made = super().__new__(cls, (penultimate,))
@@ -143,7 +144,7 @@ class _HiddenStates(tuple[Tensor, ...]):
 
 
 class CompiledVae(Compiled):
-    """Stands where ``pipe.vae`` stood: decodes by an engine, encodes by the eager VAE."""
+    """Replaces ``pipe.vae``: decodes by an engine, encodes by the eager VAE."""
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
         """Decode latents ``[rows, channels, height, width]``, not scaled, as `AutoencoderKL.decode` does."""
@@ -167,7 +168,7 @@ class CompiledVae(Compiled):
 
 
 def compiled(component: Component, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> Compiled:
-    """What stands in a component's place."""
+    """The replacement of a component."""
     kind = CompiledVae if component.graph == VAE_DECODER else CompiledTextEncoder
     return kind(engine, architecture, eager)
 

@@ -106,7 +106,7 @@ DAMAGE = {
     alter: r"planning\.onnx is not what was built \(its sha256 differs\)",
     truncate: r"planning\.onnx has 3 bytes instead of 5",
     delete: r"planning\.onnx is missing",
-    add: r"pipeline/pytorch_model\.bin is not of this bundle",
+    add: r"pipeline/pytorch_model\.bin is not part of this bundle",
     link: r"planning\.onnx is missing",
     no_manifest: r"has no manifest\.json",
     broken_manifest: r"manifest\.json cannot be read",
