@@ -14,11 +14,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
-from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet
+from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet, graph_file
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.export.fuse import name_plugin
+from tgate_trt.export.weights import WEIGHTS_FILE
+from tgate_trt.export.weights_as_inputs import turn_weights_into_inputs
 from tgate_trt.files import link_or_copy, sha256, stamp
 from tgate_trt.specs import GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS
@@ -131,11 +136,9 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
         BuildError: if an engine cannot be built.
     """
     if backend == PYTORCH:  # text encoders and VAE run in diffusers, which is PyTorch too
-        from tgate_trt.export.weights import WEIGHTS_FILE
-
         return EngineSet(files={name: WEIGHTS_FILE for name in specs if name in GRAPHS})
     if backend == ONNXRUNTIME:
-        return EngineSet(files={name: f"{name}.onnx" for name in specs})
+        return EngineSet(files={name: graph_file(name) for name in specs})
     flavour = FLAVOURS[backend]
     files, keys = {}, {}
     for name, spec in specs.items():
@@ -152,15 +155,10 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 @contextlib.contextmanager
 def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Iterator[tuple[Path, dict[str, TensorSpec]]]:
     """The graph to build an engine from, and those of its inputs that are weights."""
-    graph = folder / f"{name}.onnx"
+    graph = folder / graph_file(name)
     if weights == "baked" and not plugins:
         yield graph, {}
         return
-    import onnx_ir as ir
-
-    from tgate_trt.export.fuse import name_plugin
-    from tgate_trt.export.weights_as_inputs import turn_weights_into_inputs
-
     model = ir.load(graph)
     parameters = {} if weights == "baked" else turn_weights_into_inputs(model, convolutions=weights == "shared")
     if plugins:
@@ -175,8 +173,6 @@ def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Ite
 
 def _key(folder: Path, graph: Path, spec: GraphSpec, built: Mapping[str, Any]) -> str:
     """Hash of everything that an engine depends on: graph, profile, options, versions, and the graph's weights files."""
-    import onnx_ir as ir
-
     files = {
         value.const_value.location
         for value in ir.load(graph).graph.initializers.values()

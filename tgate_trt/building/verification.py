@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from tgate_trt import children
+from tgate_trt.bundle.components import components_of
 from tgate_trt.bundle.manifest import PIPELINE, BuiltFor, graph_file
+from tgate_trt.eager import run_recipe
+from tgate_trt.export.components import run_component
+from tgate_trt.export.verify import RunEager
+from tgate_trt.export.verify import verify as compare
 from tgate_trt.models.resolve import resolve_again
 from tgate_trt.models.source import ModelReference
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS, recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
-    from tgate_trt.export.verify import RunEager
 
 _LARGE_PICTURE = 512 * 512
 """Pixels from which decoding takes minutes and gigabytes on a CPU."""
@@ -51,10 +53,7 @@ def verify_in_child(task: Task) -> dict[str, Any]:
 
 def verify(task: Task) -> dict[str, Any]:
     """Verify in this process; see `verify_in_child`."""
-    import torch
-
-    from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
-    from tgate_trt.export.verify import verify as compare
+    from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine  # the parent process needs no ONNX Runtime
 
     spec = task.spec
     reference = _denoiser(task) if spec.name in GRAPHS else _component(task)
@@ -93,10 +92,6 @@ class _Reference:
 
 def _denoiser(task: Task) -> _Reference:
     """The denoiser, from the model's own files."""
-    import torch
-
-    from tgate_trt.eager import run_recipe
-
     source, built_for = resolve_again(task.model), task.built_for
     return _Reference(
         lambda: source.load_denoiser(torch.float32),
@@ -109,11 +104,6 @@ def _denoiser(task: Task) -> _Reference:
 
 def _component(task: Task) -> _Reference:
     """A text encoder or VAE, from the bundle's own files, which hold its weights in the bundle's precision."""
-    import torch
-
-    from tgate_trt.bundle.components import components_of
-    from tgate_trt.export.components import run_component
-
     pipeline, built_for = task.folder / PIPELINE, task.built_for
     component = components_of(pipeline)[task.spec.name]
     return _Reference(

@@ -20,17 +20,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from tgate_trt.bundle.folder import mend
 from tgate_trt.bundle.manifest import MANIFEST, PIPELINE, STAMPS, HeldFile, Manifest
+from tgate_trt.eager import on_meta
 from tgate_trt.errors import BundleError
 from tgate_trt.files import link_or_copy, read_json, replace_file, sha256, stamp
 from tgate_trt.specs import GraphSpec
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,6 @@ class Bundle:
 
     def denoiser_on_meta(self, dtype: torch.dtype) -> nn.Module:
         """The denoiser's architecture on the ``meta`` device, with the attributes that a pipeline reads."""
-        from torch import nn
-
-        from tgate_trt.eager import on_meta
-
         config = read_json(self.pipeline / self.manifest.model.attribute / "config.json")
         return nn.Module.to(on_meta(config["_class_name"], config), dtype).requires_grad_(False)
 
