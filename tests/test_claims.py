@@ -9,7 +9,7 @@ import re
 import shlex
 import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,6 +247,105 @@ def test_the_table_of_verification_is_that_of_its_record() -> None:
     for model, graphs in record("verification.json").items():
         errors = [max(check["error"] for check in graphs["verification"][graph]["checks"]) for graph in ("planning", "fidelity")]
         assert f"| `{model}` | {errors[0]:.1e} | {errors[1]:.1e} |" in page("docs/performance.md")
+
+
+SECONDS = "results / settings / {} / seconds / median"
+SHAPES, SD15, MODES = "bench-shapes.json", "bench-sd15.json", "after-gate-shapes.json"
+
+
+def _seconds(name: str, setting: str) -> float:
+    return at(name, SECONDS.format(setting))
+
+
+def _quotient(name: str, one: str, other: str) -> float:
+    return _seconds(name, one) / _seconds(name, other)
+
+
+def _of_bound(setting: str) -> float:
+    """How much of what the bound allows SD 1.5's denoising loop reaches."""
+    place = f"results / settings / {setting} / "
+    return at(SD15, f"{place}bound / linear") / at(SD15, f"{place}denoising_ratio / median")
+
+
+def _milliseconds_of_steps(part: str, setting: str, graph: str) -> tuple[float, float]:
+    """Of the demo model's steps: within a picture, and called alone."""
+    within = at(SHAPES, f"results / settings / {setting}, onnxruntime / steps / {part} / median")
+    return 1e3 * within, 1e3 * at("growth.json", f"results / models / shapes / steps / {graph} / seconds / median")
+
+
+def _right(part: str, index: int) -> float:
+    """Share of the pictures that are right in a part of the temporal analysis, after so many steps of text or planning."""
+    found = record("analysis-shapes.json")
+    curve = found["gate"] if part == "gate" else found["null_text"][part]
+    return float(curve["accuracy"][curve["at"].index(index)]["fraction"])
+
+
+def _fusion() -> tuple[float, float, float]:
+    ratio = record("kernels.json")["results"]["fusion"]["ratio"]
+    return ratio["median"], ratio["p10"], ratio["p90"]
+
+
+def _build(name: str) -> tuple[float, float, float]:
+    results = record(f"build-sdxl-{name}.json")["results"]
+    return results["seconds"], results["memory"]["peak_anonymous"] / 1e9, results["disk"].get("plans", 0) / 1e9
+
+
+def _host_memory(setting: str) -> float:
+    return at(SD15, f"results / settings / {setting} / memory / host") / 1e9
+
+
+PROSE: list[tuple[str, str, Callable[[], tuple[float, ...]]]] = [
+    (
+        "performance",
+        "our PyTorch engine with T-GATE is {:.2f} times",
+        lambda: (_quotient(SHAPES, "official tgate g=10", "T-GATE g=10, pytorch"),),
+    ),
+    ("performance", "ONNX Runtime is {:.2f} times as fast", lambda: (_quotient(SD15, "official tgate g=10", "T-GATE g=10"),)),
+    ("performance", "at g = 10, and {:.2f} times at g = 5", lambda: (_quotient(SD15, "official tgate g=5", "T-GATE g=5"),)),
+    ("performance", "The VAE takes {:.1f} s", lambda: (at(SD15, "results / settings / T-GATE g=10 / parts / VAE / median"),)),
+    ("performance", "reaches {:.1f} % of its bound at g = 10", lambda: (100 * _of_bound("T-GATE g=10"),)),
+    ("performance", "and {:.1f} % at g = 5", lambda: (100 * _of_bound("T-GATE g=5"),)),
+    ("performance", "{:.2f} GB against {:.2f} GB", lambda: (_host_memory("T-GATE g=10"), _host_memory("vanilla"))),
+    ("performance", "ratio at g = 10 was {:.3f}", lambda: (at(MODES, "results / settings / T-GATE g=10 / ratio / median"),)),
+    (
+        "performance",
+        "vanilla steps take {:.1f} ms instead of {:.1f} ms",
+        lambda: _milliseconds_of_steps("planning step", "vanilla", "vanilla"),
+    ),
+    ("performance", "planning steps {:.1f} instead of {:.1f}", lambda: _milliseconds_of_steps("planning step", "T-GATE g=10", "planning")),
+    ("performance", "fidelity steps {:.1f} instead of {:.1f}", lambda: _milliseconds_of_steps("fidelity step", "T-GATE g=10", "fidelity")),
+    ("performance", "| {0:.0f} s | {1:.2f} GB | none", lambda: _build("onnxruntime")),
+    ("performance", "--weights baked | {0:.0f} s | {1:.2f} GB | {2:.2f} GB", lambda: _build("tensorrt-rtx-baked")),
+    ("performance", "--weights shared | {0:.0f} s | {1:.2f} GB |", lambda: _build("tensorrt-rtx-shared")),
+    ("performance", "T-GATE draws {:.0f} % of the pictures right", lambda: (100 * _right("gate", 10),)),
+    ("performance", "the null prompt after those steps {:.0f} %", lambda: (100 * _right("text first", 10),)),
+    ("performance", "the last 15 steps alone keeps {:.0f} % right", lambda: (100 * _right("text last", 10),)),
+    ("performance", "costs nothing significant is {}", lambda: (record("analysis-shapes.json")["suggestion"]["by_accuracy"]["gate_step"],)),
+    (
+        "performance",
+        "| {:.1f} s | not measured | {:.1f} s | {:.1f} s |",
+        lambda: tuple((_seconds(SD15, name) for name in ("diffusers", "official tgate g=10", "official tgate g=5"))),
+    ),
+    (
+        "performance",
+        "| {:.0f} ms | {:.0f} ms | {:.0f} ms | – |",
+        lambda: tuple((1000.0 * _seconds(SHAPES, name) for name in ("diffusers", "torch.compile", "official tgate g=10"))),
+    ),
+    (
+        "limits",
+        "({:.0f} ms against {:.0f} ms",
+        lambda: tuple((1000.0 * _seconds(SHAPES, name) for name in ("torch.compile", "T-GATE g=10, pytorch"))),
+    ),
+    ("limits", "faster than both ({:.0f} ms)", lambda: (1000.0 * _seconds(SHAPES, "T-GATE g=10, onnxruntime"),)),
+    ("limits", "{:.2f} GB against {:.2f} GB", lambda: (_host_memory("T-GATE g=10"), _host_memory("vanilla"))),
+    ("limits", "a ratio of {:.2f}, {:.2f} to {:.2f}", lambda: _fusion()),
+]
+"""Page, text and values of further figures in docs."""
+
+
+@pytest.mark.parametrize(("name", "text", "values"), PROSE, ids=lambda value: value if isinstance(value, str) else "")
+def test_figures_in_the_text_are_those_of_their_records(name: str, text: str, values: Callable[[], tuple[float, ...]]) -> None:
+    assert text.format(*values()) in plain(page(f"docs/{name}.md"))
 
 
 def test_counts_are_within_what_is_said_of_the_papers() -> None:
