@@ -324,21 +324,21 @@ PROSE: list[tuple[str, str, Callable[[], tuple[float, ...]]]] = [
     (
         "performance",
         "| {:.1f} s | not measured | {:.1f} s | {:.1f} s |",
-        lambda: tuple((_seconds(SD15, name) for name in ("diffusers", "official tgate g=10", "official tgate g=5"))),
+        lambda: tuple(_seconds(SD15, name) for name in ("diffusers", "official tgate g=10", "official tgate g=5")),
     ),
     (
         "performance",
         "| {:.0f} ms | {:.0f} ms | {:.0f} ms | – |",
-        lambda: tuple((1000.0 * _seconds(SHAPES, name) for name in ("diffusers", "torch.compile", "official tgate g=10"))),
+        lambda: tuple(1000.0 * _seconds(SHAPES, name) for name in ("diffusers", "torch.compile", "official tgate g=10")),
     ),
     (
         "limits",
         "({:.0f} ms against {:.0f} ms",
-        lambda: tuple((1000.0 * _seconds(SHAPES, name) for name in ("torch.compile", "T-GATE g=10, pytorch"))),
+        lambda: tuple(1000.0 * _seconds(SHAPES, name) for name in ("torch.compile", "T-GATE g=10, pytorch")),
     ),
     ("limits", "faster than both ({:.0f} ms)", lambda: (1000.0 * _seconds(SHAPES, "T-GATE g=10, onnxruntime"),)),
     ("limits", "{:.2f} GB against {:.2f} GB", lambda: (_host_memory("T-GATE g=10"), _host_memory("vanilla"))),
-    ("limits", "a ratio of {:.2f}, {:.2f} to {:.2f}", lambda: _fusion()),
+    ("limits", "a ratio of {:.2f}, {:.2f} to {:.2f}", _fusion),
 ]
 """Page, text and values of further figures in docs."""
 
