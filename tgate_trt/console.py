@@ -21,7 +21,7 @@ FAILED = 1
 """Exit code of an error in the user's input or machine; 2 is wrong usage."""
 
 SECONDS_BETWEEN_LINES = 15.0
-"""Between lines of progress where there is no terminal for a bar."""
+"""Seconds between lines of progress if there is no terminal for a bar."""
 
 
 class _Progress(logging.Handler):

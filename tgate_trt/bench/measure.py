@@ -7,13 +7,12 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tgate_trt.analysis.prompts import held_out, in_turn, prompts_of
+from tgate_trt.analysis.prompts import held_out, prompts_of
 from tgate_trt.bench.contenders import OUTSIDE, PARTS, Contender, Studio
 from tgate_trt.bench.memory import available, peak_memory
 from tgate_trt.bench.quality import quality
@@ -121,11 +120,6 @@ class Measurement:
         assert self.drawing.steps is not None
         return self.drawing.steps
 
-    @cached_property
-    def prompts(self) -> tuple[str, ...]:
-        """The prompts, each once."""
-        return tuple(dict.fromkeys(self.drawing.prompts))
-
     def run(self) -> Iterator[dict[str, Any]]:
         """Warm up, then sample every setting in each round, alternately in forward and reverse order.
 
@@ -156,8 +150,9 @@ class Measurement:
         Returns:
             Plain data by setting.
         """
-        captioned = held_out(self.studio.bundle.manifest.model.name, samples)
-        prompts = tuple(each.caption for each in captioned) or in_turn(self.prompts, samples)
+        model = self.studio.bundle.manifest.model.name
+        captioned = held_out(model, samples)
+        prompts = tuple(each.caption for each in captioned) or prompts_of(model, self.plan.drawing.prompts, samples)[0]
         batches = list(replace(self.drawing, prompts=prompts).batches(_BATCH_SIZE if captioned else 1))
         pictures = {}
         for setting in self.settings:
@@ -307,7 +302,7 @@ def conditions_of(measurement: Measurement) -> dict[str, Any]:
         "threads": plan.threads,
         "rounds": plan.rounds,
         "seed": drawing.seed,
-        "prompts": list(measurement.prompts),
+        "prompts": list(dict.fromkeys(drawing.prompts)),
         "device": str(measurement.studio.device),
         "pytorch_threads": torch.get_num_threads(),
         "keeps_engines": measurement.studio.keeps_engines,

@@ -60,7 +60,7 @@ class Quality:
     """Fréchet distance of the features of the user's Inception network; None for the baseline to itself. With fewer pictures than
     features it is far above the FID of thousands of pictures."""
     semantics: Score | None
-    """Pictures of the demo model that show what their captions say."""
+    """The pictures of the demo model that match their captions."""
     clip_score: Estimate | None
     """100 times the cosine between picture and prompt in the user's CLIP."""
 

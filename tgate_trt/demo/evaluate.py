@@ -59,7 +59,7 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Score:
-    """How many pictures show what their captions say."""
+    """The numbers of pictures that match their captions."""
 
     overall: Proportion
     """Pictures that have every attribute right."""
@@ -130,7 +130,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Captions in one call.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Counts the pictures that show what their captions say, for captions held out of training and for training's own."""
+    """Counts the pictures that match their captions, for captions held out of training and for captions of the training set."""
     with reporting(verbose=False):
         pipeline = load_pipeline(model)
         sides = {name: examples(samples, held_out=name == "held out", seed=seed) for name in ("held out", "training")}

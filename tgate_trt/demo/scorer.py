@@ -147,7 +147,7 @@ def _unit_area(shape: str) -> float:
 
 
 def _nearest_size(area: float) -> str:
-    """The size whose circle is nearest in logarithm of area; areas differ less between shapes than between sizes."""
+    """The size whose radius is nearest, in logarithm, to that of a circle of this area; shapes of one size have similar areas."""
     radius = np.sqrt(area / _unit_area("circle"))
     return min(SIZES, key=lambda size: abs(np.log(radius / SIZES[size])))
 

@@ -42,7 +42,7 @@ def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(run: Run, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
-    """One run over two backends and PyTorch beside them: the record, the folder of its files, what was printed."""
+    """One run over two backends and PyTorch without engines: the record, the folder of its files, and the output."""
     folder = tmp_path_factory.mktemp("results")
     done = run(
         *(app, bundle, "--gate-step", "0.25", "--after-gate", "negative,positive", "--backend", "onnxruntime,pytorch"),

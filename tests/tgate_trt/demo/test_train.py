@@ -1,5 +1,6 @@
 """Every stage of the training, a few tiny steps each, and going on after a kill."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +65,14 @@ def test_a_finished_fit_is_not_run_again(tmp_path: Path) -> None:
 def test_a_fit_learns(tmp_path: Path) -> None:
     line = fit_line(tmp_path / "line.pt", replace(tiny(300), learning_rate=0.1))
     assert torch.allclose(line.weight, torch.ones(1, 3), atol=0.05)
+
+
+def test_each_step_is_logged_with_its_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="tgate_trt")
+    fit_line(tmp_path / "line.pt", tiny(2))
+    half, whole, done = caplog.records
+    assert (half.progress, whole.progress) == (0.5, 1.0)  # type: ignore[attr-defined]
+    assert half.getMessage().startswith("line, loss ") and done.getMessage() == f"{whole.getMessage()}: done"
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tgate_trt.running.drawing import Drawing, draw, to_bytes
 
 
 def dice(prompt: list[str], *, generator: list[torch.Generator], **settings: Any) -> SimpleNamespace:
-    """A pipeline whose picture is the first number of a generator, beside all that the pipeline was given."""
+    """A pipeline whose picture is its prompt, the first number of its generator, and the other keywords."""
     numbers = [int(torch.randint(1000, (), generator=one)) for one in generator]
     return SimpleNamespace(images=[(text, number, settings) for text, number in zip(prompt, numbers, strict=True)])
 
@@ -35,7 +35,7 @@ def test_each_picture_has_its_own_noise_in_any_batch(size: int) -> None:
     assert drawn == [(prompt, number_of(3 + number), {"height": 8}) for number, prompt in enumerate(PROMPTS)]
 
 
-def test_a_pipeline_is_given_what_is_set_and_nothing_else() -> None:
+def test_a_pipeline_receives_what_is_set_and_nothing_else() -> None:
     ((_, _, bare),) = draw(dice, Drawing(("a",)))
     assert bare == {}
     drawing = Drawing(("a", "b"), negative_prompt="c", steps=4, guidance_scale=2.0, scheduler="ddim", width=16)
@@ -43,7 +43,7 @@ def test_a_pipeline_is_given_what_is_set_and_nothing_else() -> None:
     assert given == {"negative_prompt": ["c", "c"], "num_inference_steps": 4, "guidance_scale": 2.0, "width": 16, "output_type": "latent"}
 
 
-def test_a_graph_of_one_size_has_no_other() -> None:
+def test_pixart_keeps_the_size_of_its_graphs() -> None:
     def binned(use_resolution_binning: bool = True, **others: Any) -> SimpleNamespace:
         return SimpleNamespace(images=[use_resolution_binning])
 

@@ -44,7 +44,7 @@ SHAPE_WEIGHT = 5.0
 """Weight of a shape's pixel in the autoencoder's loss; a background pixel has 1, and most pixels are background."""
 
 WHOLE_PICTURES_FROM = 0.85
-"""The share of the autoencoder's steps after which it sees whole pictures."""
+"""The share of the autoencoder's steps after which it trains on whole pictures."""
 
 KL_WEIGHT = 1e-6
 
@@ -105,11 +105,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def _captions_understood(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, heads: nn.ModuleDict, device: torch.device) -> float:
+    """The share of held-out captions from which the heads read every attribute."""
     held_out = examples(held_out=True)
     pooled = encoder(tokenize(tokenizer, [example.caption for example in held_out]).to(device)).pooler_output
-    told = torch.stack([head(pooled).argmax(-1) for head in heads.values()], -1).cpu()
+    predicted = torch.stack([head(pooled).argmax(-1) for head in heads.values()], -1).cpu()
     expected = torch.tensor([example.combination.labels for example in held_out])
-    return float((told == expected).all(-1).float().mean())
+    return float((predicted == expected).all(-1).float().mean())
 
 
 def draw_training_set(each: int, bench: Bench) -> torch.Tensor:
@@ -122,8 +123,8 @@ def draw_training_set(each: int, bench: Bench) -> torch.Tensor:
 def train_vae(pictures: torch.Tensor, recipe: Recipe, bench: Bench) -> AutoencoderKL:
     """Trains an autoencoder whose latents have mean 0 and standard deviation 1 in each channel.
 
-    Most steps see only the shape and its surroundings, a quarter of a picture, because the rest is flat and soon learnt. The
-    last steps see whole pictures, on which the group norms must work later.
+    Most steps use only the shape and its surroundings, a quarter of a picture, because the rest is flat and soon learnt. The
+    last steps use whole pictures, on which the group norms must work later.
 
     Args:
         pictures: pictures of the training combinations, `[combinations, each, 3, height, width]`, uint8.
