@@ -71,7 +71,8 @@ def test_pictures_side_by_side(run: Run, bundle: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_in_a_folder(run: Run, bundle: Path, tmp_path: Path) -> None:
-    result = run(generate.app, bundle, "--prompt", "a cat", "--images", 2, "--steps", 2, "--gate-step", 0.5, "--output", tmp_path / "out")
+    options = ("--images", 2, "--negative-prompt", "a dog", "--steps", 2, "--gate-step", 0.5, "--output", tmp_path / "out")
+    result = run(generate.app, bundle, "--prompt", "a cat", *options)
     assert result.exit_code == 0, result.output
     pictures = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in pictures] == ["000-gate-step-0.5.png", "001-gate-step-0.5.png"]

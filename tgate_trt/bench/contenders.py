@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -79,12 +79,20 @@ class Contender:
             self.denoiser.gate_step = gate_step
         if self.setting.kind == OFFICIAL:
             more |= {"gate_step": gate_step, **_WITHOUT_SELF_ATTENTION_REUSE}
-        with contextlib.nullcontext() if watch is None else self._timed(watch, 2 * len(drawing.prompts)):
+        if watch is None:
             return draw(self.function, drawing, **more)
+        with self._timed(watch, 2 * len(drawing.prompts)) as function:
+            return draw(function, drawing, **more)
 
     @contextlib.contextmanager
-    def _timed(self, watch: Stopwatch, guided_rows: int) -> Iterator[None]:
-        """Within this context, time the parts of a call of the pipeline."""
+    def _timed(self, watch: Stopwatch, guided_rows: int) -> Iterator[Callable[..., Any]]:
+        """Within this context, the function that it gives draws with the parts of the call timed."""
+
+        @functools.wraps(self.function, updated=())  # so that it has the same signature
+        def function(**arguments: Any) -> Any:
+            with watch.time("pipeline"):
+                return self.function(**arguments)
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(watch.watching(self.pipeline, "encode_prompt", TEXT))
             stack.enter_context(watch.watching(self.pipeline.vae, "decode", VAE))
@@ -95,8 +103,7 @@ class Contender:
                 self.denoiser.observer = watch.time
             else:
                 stack.enter_context(_timed_calls(watch, self.denoiser, guided_rows))
-            stack.enter_context(watch.time("pipeline"))
-            yield
+            yield function
 
 
 @dataclass
@@ -133,7 +140,7 @@ class Studio:
         """Dtype of pipelines: the bundle's precision on a GPU, fp32 on a CPU."""
         return torch_dtype(self.bundle.manifest.built_for.precision if self.device.type == "cuda" else "fp32")
 
-    @cached_property
+    @functools.cached_property
     def architecture(self) -> nn.Module:
         """The denoiser without weights."""
         return self.bundle.denoiser_on_meta(self.dtype)

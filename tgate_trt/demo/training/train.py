@@ -21,7 +21,7 @@ from tgate_trt.demo.training.fitting import Recipe
 from tgate_trt.demo.training.stages import Bench, draw_training_set, encode_training_set, train_text_encoder, train_unet, train_vae
 from tgate_trt.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tgate_trt.demo.training.train")  # as a command, this module is `__main__`
 
 
 @dataclass(frozen=True)
