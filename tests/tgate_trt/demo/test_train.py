@@ -1,4 +1,4 @@
-"""Every stage of the training, a few tiny steps each, and going on after a kill."""
+"""Every stage of the training, for a few tiny steps, and its continuation after a kill."""
 
 import logging
 from dataclasses import dataclass, replace
