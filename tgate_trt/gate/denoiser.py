@@ -10,7 +10,8 @@ the other modes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,12 @@ from tgate_trt.specs import ROWS, TensorSpec
 
 _PREDICTION = "noise_pred"
 _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
+
+PLANNING, FIDELITY, HAND_OFF = "planning step", "fidelity step", "hand-off"
+"""Parts of a run that an `Observer` surrounds."""
+
+Observer = Callable[[str], AbstractContextManager[object]]
+"""Takes the name of a part, and returns a context in which the part runs."""
 
 
 @dataclass
@@ -99,6 +106,8 @@ class GatedDenoiser(nn.Module):
         self.guidance = guidance
         self.after_gate = after_gate
         self.origin = origin
+        self.observer: Observer | None = None
+        """Surrounds every run of an engine and every hand-off while it is set, for example to time them."""
         self._low_memory = low_memory and planning is not fidelity
         self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
         self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
@@ -231,7 +240,7 @@ class GatedDenoiser(nn.Module):
     def _begin(self, pipeline: Any, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
-        if guided and not _has_equal_halves(sample):
+        if guided and not has_equal_halves(sample):
             raise GateError(
                 f"a guided batch is the same latents twice, [negative, positive], but these {rows} rows are not; "
                 "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
@@ -249,18 +258,19 @@ class GatedDenoiser(nn.Module):
         if self.guidance is not None:
             return self.guidance
         does_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
-        if does_guidance is not None:
-            return bool(does_guidance)
-        return _has_equal_halves(sample)
+        return has_equal_halves(sample) if does_guidance is None else bool(does_guidance)
 
     def _run_planning(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
         """Run the planning engine on the whole batch; hand off its caches at the last planning call."""
         if self._low_memory:
             self.fidelity.unload()
         outputs = self._outputs(self.planning, run.rows)
-        self.planning.run(_inputs(self._planning_inputs, tensors, None), outputs)
+        inputs = _inputs(self._planning_inputs, tensors, None)
+        with self._observed(PLANNING):
+            self.planning.run(inputs, outputs)
         if run.schedule.hands_off(call):
-            self._hand_off(run, outputs)
+            with self._observed(HAND_OFF):
+                self._hand_off(run, outputs)
         return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
 
     def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
@@ -287,7 +297,9 @@ class GatedDenoiser(nn.Module):
         after = run.after_gate
         inputs = _inputs(self._fidelity_inputs, tensors, after.half if run.guided else None)
         outputs = self._outputs(self.fidelity, run.images)
-        self.fidelity.run(inputs | self._caches(run), outputs)
+        inputs |= self._caches(run)
+        with self._observed(FIDELITY):
+            self.fidelity.run(inputs, outputs)
         dtype = tensors["sample"].dtype
         if not run.guided:
             return outputs[_PREDICTION].to(dtype, copy=True)
@@ -295,6 +307,9 @@ class GatedDenoiser(nn.Module):
         if after.fades:  # [p − w·d, p], of which the pipeline's guidance, n + s·(p − n), makes p + (s − 1)·w·d
             both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
         return both
+
+    def _observed(self, part: str) -> AbstractContextManager[object]:
+        return nullcontext() if self.observer is None else self.observer(part)
 
     def _caches(self, run: _Run) -> dict[str, Tensor]:
         return self._allocated("cache", self._cache_inputs, run.images, self.fidelity.device)
@@ -365,7 +380,7 @@ def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
     return int(found[0])
 
 
-def _has_equal_halves(sample: Tensor) -> bool:
+def has_equal_halves(sample: Tensor) -> bool:
     """Whether the first half of the rows equals the second, as in a batch doubled for guidance."""
     rows = sample.shape[0]
     return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
