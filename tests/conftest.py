@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import random
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is: tests run side by side, and threads that wait for each other spin
+CACHES = {
+    "XDG_CACHE_HOME": "",  # tgate_trt's compiled kernels, ONNX Runtime, PyTorch, pip
+    "CUDA_CACHE_PATH": "cuda",
+    "HF_HOME": "huggingface",
+    "HF_HUB_CACHE": "huggingface/hub",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_HOME": "torch",
+    "TRITON_CACHE_DIR": "triton/cache",
+    "TRITON_HOME": "triton",
+}
+"""Variables that name the folders of caches, each with its place in the one temporary folder of a run."""
+
+
+def own_caches() -> None:
+    """Begin a run with empty caches, and leave the user's alone. The workers of a run share its caches."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="tgate-trt-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.update({name: str(folder / place) for name, place in CACHES.items()})
+
+
+# Before the packages are imported that read these variables.
+own_caches()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other spin
 
 import pytest
+
+from .process_state import ProcessState
 
 CROSS_ATTENTION_GAIN = 4.0
 """Cross-attention with random weights is faint; this makes a wrong cache stand out of any tolerance."""
@@ -149,6 +184,43 @@ def write_pipeline(folder: Path, configs: Path, *, seed: int = 0) -> Path:
     tensors = {name: tensor * CROSS_ATTENTION_GAIN if name.endswith(loud) else tensor for name, tensor in source.tensors(torch.float32)}
     save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global random generators of Python and, where they are loaded, of NumPy and PyTorch."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """Seed a shared fixture by its name, so that it draws the same whichever test asks for it first."""
+    if fixturedef.scope != "function":
+        seed_all(zlib.crc32(fixturedef.argname.encode()))
+    return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Seed a test by its name and the seed that the run prints: ``-p randomly --randomly-seed=N`` repeats a run, whatever the order."""
+    seed = item.config.getoption("randomly_seed", 0)
+    seed_all(seed + zlib.crc32(item.nodeid.encode()))
+
+
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    before = ProcessState.now()
+    yield
+    changes = ProcessState.now().changes_since(before)
+    if changes:
+        pytest.fail("the process was left changed:\n" + "\n".join(changes), pytrace=False)
+
+
+# A test is compared without the shared fixtures that it uses, and a file with them.
+of_a_test = pytest.fixture(autouse=True)(leaves_the_process_as_it_was)
+of_a_file = pytest.fixture(autouse=True, scope="module")(leaves_the_process_as_it_was)
 
 
 @pytest.fixture(scope="session")
