@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import random
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+import tqdm
+
+from .process_state import ProcessState
 
 CACHES = {
     "XDG_CACHE_HOME": "",  # tgate_trt's compiled kernels, ONNX Runtime, PyTorch, pip
@@ -42,10 +47,8 @@ def own_caches() -> None:
 own_caches()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other spin
-
-import pytest
-
-from .process_state import ProcessState
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # and its pool would outlive the test
+tqdm.tqdm.monitor_interval = 0  # else the first progress bar starts a thread that stays
 
 CROSS_ATTENTION_GAIN = 4.0
 """Cross-attention with random weights is faint; this makes a wrong cache stand out of any tolerance."""
@@ -186,28 +189,38 @@ def write_pipeline(folder: Path, configs: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global random generators of Python and, where they are loaded, of NumPy and PyTorch."""
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random generators of Python, NumPy and PyTorch for a while, and let them go on afterwards from where they were."""
+    import numpy
+    import torch
+
+    before = random.getstate(), numpy.random.get_state()
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
-    """Seed a shared fixture by its name, so that it draws the same whichever test asks for it first."""
-    if fixturedef.scope != "function":
-        seed_all(zlib.crc32(fixturedef.argname.encode()))
-    return (yield)
+    """Seed a shared fixture by its name: it draws the same whichever test asks for it first, and that test the same as if it were not."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with seeded(zlib.crc32(fixturedef.argname.encode())):
+        return (yield)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    """Seed a test by its name and the seed that the run prints: ``-p randomly --randomly-seed=N`` repeats a run, whatever the order."""
-    seed = item.config.getoption("randomly_seed", 0)
-    seed_all(seed + zlib.crc32(item.nodeid.encode()))
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Seed a test by its name and by the seed that the run prints: ``--randomly-seed=N`` repeats both the order and the numbers."""
+    with seeded(item.config.getoption("randomly_seed", 0) + zlib.crc32(item.nodeid.encode())):
+        return (yield)
 
 
 def leaves_the_process_as_it_was() -> Iterator[None]:

@@ -18,7 +18,8 @@ import psutil
 WATCHED = ("tgate_trt", "triton", "diffusers", "transformers", "huggingface_hub")
 """Packages whose modules and classes must keep their attributes: ours, and those that a test or we could patch."""
 
-_OF_PYTEST = ("PYTEST_", "COV_")
+_OF_OTHERS = ("PYTEST_", "COV_", "_TORCHINDUCTOR_")
+"""Variables that pytest changes, and one in which `torch.compile` keeps an address that stays the same."""
 _ABSENT: Any = "absent"
 
 
@@ -97,7 +98,7 @@ def _name(owner: Any) -> str:
 
 
 def _values() -> dict[str, Any]:
-    values: dict[str, Any] = {f"os.environ[{name!r}]": value for name, value in os.environ.items() if not name.startswith(_OF_PYTEST)}
+    values: dict[str, Any] = {f"os.environ[{name!r}]": value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)}
     values["working directory"] = os.getcwd()  # noqa: PTH109 - pathlib's calls this
     values["sys.path"] = tuple(sys.path)
     values["sys.argv"] = tuple(sys.argv)
@@ -119,6 +120,7 @@ def _settings_of_torch() -> dict[str, Any]:
         "torch inference mode": torch.is_inference_mode_enabled(),
         "torch deterministic algorithms": (torch.are_deterministic_algorithms_enabled(), torch.get_deterministic_debug_mode()),
         "torch precision of products": torch.get_float32_matmul_precision(),
+        "torch TF32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "torch cuDNN": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "torch autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         "torch attention": (
