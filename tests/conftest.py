@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tqdm
+from hypothesis import core
 
 from .process_state import ProcessState
 
@@ -207,6 +208,19 @@ def seeded(seed: int) -> Iterator[None]:
         numpy.random.set_state(before[1])
 
 
+def seed_of(config: pytest.Config) -> int:
+    """The seed of pytest-randomly, which the run prints; 0 without it."""
+    seed: int = config.getoption("randomly_seed", 0)
+    return seed
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Hypothesis draw its examples from the seed of the run, unless it is given one."""
+    if core.global_force_seed is None:
+        core.global_force_seed = seed_of(config)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
     """Seed a shared fixture by its name: it draws the same whichever test asks for it first, and that test the same as if it were not."""
@@ -219,7 +233,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Seed a test by its name and by the seed that the run prints: ``--randomly-seed=N`` repeats both the order and the numbers."""
-    with seeded(item.config.getoption("randomly_seed", 0) + zlib.crc32(item.nodeid.encode())):
+    with seeded(seed_of(item.config) + zlib.crc32(item.nodeid.encode())):
         return (yield)
 
 
