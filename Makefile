@@ -17,7 +17,7 @@ PICTURES := --prompt "a small red circle at the top right on a white background"
 
 help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
-	@echo "make test    run the whole suite"
+	@echo "make test    run the whole suite, in an order of its own each time"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make bench   measure on this machine, into docs/results/ (an hour or two on two cores)"
 	@echo "make bench-gpu   the same on a machine with an NVIDIA GPU, its tests first"
