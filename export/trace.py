@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tgate_trt.eager import forward, tapped
+from tgate_trt.eager import forward, tapped, torch_dtype
 from tgate_trt.errors import BuildError
+from tgate_trt.export.passes import NoSqueezePass, PromoteConcatPass, RowsFromSamplePass
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, TensorSpec
 
 OPSET = 20
@@ -102,7 +103,7 @@ def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec]
 
     with FakeTensorMode(shape_env=ShapeEnv()):
         _materialise(denoiser)
-        example = tuple(torch.zeros(tensor.concrete(**{ROWS: 2}), dtype=getattr(torch, tensor.dtype)) for tensor in inputs)
+        example = tuple(torch.zeros(tensor.concrete(**{ROWS: 2}), dtype=torch_dtype(tensor.dtype)) for tensor in inputs)
     dynamic_shapes = (tuple({axis: rows for axis, size in enumerate(tensor.shape) if size == ROWS} for tensor in inputs),)
     with torch.no_grad(), tapped(denoiser, mark):
         return torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
@@ -164,70 +165,29 @@ def _without_data(value: ir.Value) -> ir.Value:
     return value
 
 
-def _simplify(model: ir.Model) -> None:
-    """Fold shape arithmetic, remove what is dead or said twice, and cast where PyTorch promotes silently.
+_TIDY = ir.passes.Sequential(
+    RowsFromSamplePass(),
+    NoSqueezePass(),
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    common.DeduplicateInitializersPass(),
+    common.CommonSubexpressionEliminationPass(),
+    common.IdentityEliminationPass(),
+    common.RemoveUnusedOpsetsPass(),
+    PromoteConcatPass(),
+    common.ClearMetadataAndDocStringPass(),
+)
 
-    onnxscript's own `optimize` would also try its rewrite rules, at a cost that grows with the square of the nodes: on
+
+def _simplify(model: ir.Model) -> None:
+    """Fold shape arithmetic, remove dead and duplicate nodes, and add the casts that PyTorch makes silently.
+
+    onnxscript's own `optimize` would also try its rewrite rules, at a cost that grows with the square of the number of nodes: on
     SDXL two thirds of the whole trace. Every engine of ours has such rules of its own.
     """
     for _ in range(2):  # a fold may uncover the constants of another
         optimizer.fold_constants(model)
-        passes.RemoveUnusedNodesPass()(model)
-    _count_rows_of_the_sample(model)
-    _squeeze_what_is_one(model)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.IdentityEliminationPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
-    _promote_explicitly(model)
-    passes.ClearMetadataAndDocStringPass()(model)
-
-
-def _count_rows_of_the_sample(model: ir.Model) -> None:
-    """Let every shape that is computed from an input's rows be computed from ``sample``, which every graph has.
-
-    The exporter asks any input for the number of rows. Asked of the text, that would keep the text alive in a graph that
-    has no other use for it.
-    """
-    inputs = {value for value in model.graph.inputs if value.shape is not None and value.shape[0] == ROWS}
-    sample = model.graph.inputs[0]
-    for node in model.graph:
-        end = node.attributes.get("end")
-        if node.op_type == "Shape" and node.inputs[0] in inputs and end is not None and end.as_int() == 1:
-            node.replace_input_with(0, sample)
-
-
-def _squeeze_what_is_one(model: ir.Model) -> None:
-    """Remove each squeeze of a dimension that is not 1: PyTorch leaves that alone, and ONNX refuses it. PixArt has one."""
-    for node in list(model.graph):
-        if node.op_type != "Squeeze" or len(node.inputs) != 2:
-            continue
-        value, axes = node.inputs
-        if value is None or value.shape is None or axes is None or axes.const_value is None:
-            continue
-        if not any(value.shape[axis] == 1 for axis in axes.const_value.numpy()):
-            node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
-
-
-def _promote_explicitly(model: ir.Model) -> None:
-    """Cast floating inputs of a concatenation to its output's dtype.
-
-    `torch.cat` promotes mixed dtypes and ONNX does not: SDXL concatenates pooled text in fp16 with a sinusoid in fp32.
-    """
-    for node in list(model.graph):
-        if node.op_type != "Concat" or len({value.dtype for value in node.inputs if value is not None}) == 1:
-            continue
-        target = node.outputs[0].dtype
-        if target is None or not target.is_floating_point():
-            continue
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype != target:
-                cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(target))])
-                cast.outputs[0].dtype, cast.outputs[0].shape = target, value.shape
-                node.prepend(cast)
-                node.replace_input_with(index, cast.outputs[0])
+        common.RemoveUnusedNodesPass()(model)
+    _TIDY(model)
 
 
 @contextlib.contextmanager
