@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs a graph as it is, on the CPU, or on a GPU where its CUDA provider is installed."""
+"""ONNX Runtime: runs a graph from its file, on the CPU, or on a GPU if its CUDA provider is installed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _DTYPES = ("float32", "float16", "int64")
 class OnnxRuntimeEngine:
     """A graph in an ONNX Runtime session, its tensors bound to the caller's memory.
 
-    A tensor is bound again only when it has moved or changed shape, so buffers at fixed addresses, such as the caches
-    of the fidelity graph, are bound once.
+    A tensor is bound again only if its address or shape changed, so buffers at fixed addresses, such as the fidelity graph's caches,
+    are bound once.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class OnnxRuntimeEngine:
         """Load a graph.
 
         Args:
-            path: the ONNX file; its weights file lies beside it.
-            spec: what the graph takes and gives.
-            device: ``cpu`` or a CUDA device; a CUDA device where one can be used, if None.
-            threads: CPU threads for one operator; as many as there are cores, if None.
+            path: the ONNX file; its weights are where it refers to them.
+            spec: the graph's inputs and outputs.
+            device: ``cpu`` or a CUDA device; if None, a CUDA device where ONNX Runtime can use one.
+            threads: CPU threads of one operator; one for each core if None.
             changed: weights that differ from those of the file, by name.
 
         Raises:
-            UnsupportedError: if the device or the dtype is not to be had here.
+            UnsupportedError: if ONNX Runtime cannot use the device or a dtype here.
             BundleError: if the file cannot be loaded.
         """
         self._spec = spec
@@ -72,11 +72,15 @@ class OnnxRuntimeEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors that `run` is given must lie."""
+        """The device that must hold the tensors that `run` receives."""
         return self._device
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
-        """Run once; see `tgate_trt.engines.base.Engine.run`. ONNX Runtime synchronises by itself, so ``stream`` is not used."""
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run once; see `tgate_trt.engines.base.Engine.run`. On a GPU the host waits for PyTorch's current stream first.
+
+        Raises:
+            GateError: if the engine was closed, or a tensor is missing or does not fit.
+        """
         if self._closed:
             raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
         if self._session is None:
@@ -90,7 +94,7 @@ class OnnxRuntimeEngine:
         self._session.run_with_iobinding(self._binding)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
+        """Replace some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
         self._weights = self._values(weights)
         self.unload()
 
@@ -106,7 +110,7 @@ class OnnxRuntimeEngine:
         self.unload()
 
     def _values(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Those weights that this graph has, as ONNX Runtime takes them."""
+        """The weights among these that the graph has, as ONNX Runtime's values."""
         own = set(onnx_ir.load(self._path).graph.initializers) if weights else ()
         return {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().contiguous().numpy())
@@ -141,8 +145,8 @@ def _load(path: Path, device: torch.device, threads: int | None, weights: Mappin
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    # Idle workers of the planning engine would spin against the fidelity engine's for its first calls after the gate: on two
-    # loaded cores a gated picture of the demo model takes half the time without, on two idle ones about the same.
+    # Idle workers of the planning engine would spin against those of the fidelity engine in its first calls after the gate. Without
+    # spinning, a gated picture of the demo model takes half the time on two loaded cores, and about the same time on two idle ones.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))

@@ -90,6 +90,13 @@ class GraphSpec:
         """The outputs that are outputs of taps, in graph order."""
         return tuple(tensor for tensor in self.outputs if tensor.name.startswith(CACHE_PREFIX))
 
+    def shapes_within_bounds(self, tensor: TensorSpec) -> list[tuple[int, ...]]:
+        """The minimum, optimum and maximum shape of one of this graph's tensors."""
+        return [
+            tensor.concrete(**{name: getattr(bounds, which) for name, bounds in self.dimensions.items()})
+            for which in ("minimum", "optimum", "maximum")
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """This spec as plain JSON data, every tensor with its min, opt and max shape."""
         return {
@@ -100,16 +107,14 @@ class GraphSpec:
         }
 
     def _tensor_to_json(self, tensor: TensorSpec) -> dict[str, Any]:
-        def at(which: str) -> list[int]:
-            return list(tensor.concrete(**{name: getattr(bounds, which) for name, bounds in self.dimensions.items()}))
-
+        minimum, optimum, maximum = map(list, self.shapes_within_bounds(tensor))
         return {
             "name": tensor.name,
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "min": at("minimum"),
-            "opt": at("optimum"),
-            "max": at("maximum"),
+            "min": minimum,
+            "opt": optimum,
+            "max": maximum,
         }
 
     @classmethod

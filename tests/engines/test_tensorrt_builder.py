@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import onnx_ir as ir
+import psutil
 import pytest
 
-from tgate_trt.engines.tensorrt_build_process import check_network, configure, parse
-from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
+from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan, configure
 from tgate_trt.engines.tensorrt_flavours import RTX, TENSORRT, Api, gpu_is_present
+from tgate_trt.engines.tensorrt_network import add_profile, check_network, parse
 from tgate_trt.errors import BuildError, InputError, UnsupportedError
 from tgate_trt.specs import Bounds, GraphSpec, TensorSpec
 
@@ -71,8 +72,6 @@ def test_a_network_has_the_specs_tensors_and_profile(trt: Api, graph: Path) -> N
 
 
 def test_a_profile_holds_every_named_dimension(trt: Api, graph: Path) -> None:
-    from tgate_trt.engines.tensorrt_build_process import add_profile
-
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))  # type: ignore[attr-defined]
     profile = add_profile(builder, builder.create_builder_config(), EVERY_INPUT)
     assert [tuple(shape) for shape in profile.get_shape("sample")] == [(1, 4, 8, 8), (2, 4, 16, 8), (6, 4, 24, 8)]
@@ -213,3 +212,21 @@ build_plan(RTX, Path({str(graph)!r}), Path({str(tmp_path / "small.plan")!r}), SP
     assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
     time.sleep(0.1)
     assert not list(tmp_path.glob("*.plan*")) + list(tmp_path.glob(".*"))
+
+
+def test_a_builder_that_the_system_kills_leaves_nothing_but_its_log(graph: Path, tmp_path: Path) -> None:
+    def kill(_fraction: float, _phase: str) -> None:
+        for child in psutil.Process().children():
+            child.kill()
+
+    with pytest.raises(BuildError, match=r"killed by the system, most likely because memory ran out; .*--weights shared.*small\.log"):
+        build_plan(RTX, graph, tmp_path / "small.plan", SPEC, ADA, parameters={"weight": WEIGHT}, on_progress=kill)
+    assert {path.name for path in tmp_path.iterdir()} == {"small.onnx", "small.log"}
+
+
+def test_an_old_plan_stays_until_the_new_one_is_whole(graph: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "small.plan"
+    plan.write_text("old")
+    with pytest.raises(BuildError):
+        build_plan(RTX, graph, plan, SPEC, ADA)  # the weight is an input that the spec lacks
+    assert plan.read_text() == "old"

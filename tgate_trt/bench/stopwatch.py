@@ -101,12 +101,12 @@ class Watched:
         """The engine's own."""
         return self.engine.device
 
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Run the engine, and the clock."""
         if self.watch is None:
-            return self.engine.run(inputs, outputs, stream)
+            return self.engine.run(inputs, outputs)
         with self.watch.time(self.part):
-            return self.engine.run(inputs, outputs, stream)
+            return self.engine.run(inputs, outputs)
 
     def replace_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """As the engine does."""

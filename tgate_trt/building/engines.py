@@ -14,8 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
-from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet
+from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet, graph_file
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, UnsupportedError
@@ -24,6 +26,8 @@ from tgate_trt.specs import GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS
 
 logger = logging.getLogger(__name__)
+
+_PLAN_OPTIONS = TypeAdapter(PlanOptions)
 
 WEIGHTS = ("baked", "shared", "shared-linear")
 """Where the weights of a TensorRT engine are: in its plan; in inputs, so that all engines read one copy; or in inputs but for
@@ -73,7 +77,11 @@ class EngineRequest:
         if backend in UNCOMPILED:
             return {}
         flavour, options = FLAVOURS[backend], self._options(FLAVOURS[backend])
-        built_for = {"weights": self.weights, "gpu": None if options.capabilities else gpu_name(), **options.to_json()}
+        built_for = {
+            "weights": self.weights,
+            "gpu": None if options.capabilities else gpu_name(),
+            **_PLAN_OPTIONS.dump_python(options, mode="json"),
+        }
         return built_for | ({"plugins": self.uses_plugins(flavour)} if flavour.takes_plugins else {})
 
     def uses_plugins(self, flavour: Flavour) -> bool:
@@ -90,7 +98,7 @@ def request_of(backend: str, engines: EngineSet) -> EngineRequest:
     if backend in UNCOMPILED:
         return EngineRequest((backend,))
     options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu", "plugins")}
-    return EngineRequest((backend,), engines.options["weights"], PlanOptions.from_json(options), engines.options.get("plugins"))
+    return EngineRequest((backend,), engines.options["weights"], _PLAN_OPTIONS.validate_python(options), engines.options.get("plugins"))
 
 
 def stale_engine_reasons(backend: str, held: EngineSet, request: EngineRequest | None) -> list[str]:
@@ -135,7 +143,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 
         return EngineSet(files={name: WEIGHTS_FILE for name in specs if name in GRAPHS})
     if backend == ONNXRUNTIME:
-        return EngineSet(files={name: f"{name}.onnx" for name in specs})
+        return EngineSet(files={name: graph_file(name) for name in specs})
     flavour = FLAVOURS[backend]
     files, keys = {}, {}
     for name, spec in specs.items():
@@ -152,7 +160,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 @contextlib.contextmanager
 def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Iterator[tuple[Path, dict[str, TensorSpec]]]:
     """The graph from which an engine is built, and those of its inputs that are weights."""
-    graph = folder / f"{name}.onnx"
+    graph = folder / graph_file(name)
     if weights == "baked" and not plugins:
         yield graph, {}
         return
