@@ -1,7 +1,7 @@
 """Trace a denoiser once, with every tap as a named node.
 
-The model's parameters are fake tensors while it is traced, so a trace costs no weights' memory, and they are inputs of
-the graph while it is simplified, so no pass can rename, fold, transpose or merge one.
+The model's parameters are fake tensors during the trace, so it needs no memory for weights. They are inputs of the graph while it is
+simplified, so no pass can rename, fold, transpose or merge one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tgate_trt.export.passes import NoSqueezePass, PromoteConcatPass, RowsFromSa
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, TensorSpec
 
 OPSET = 20
-"""The newest opset to which every target of ours builds; below it the exporter would convert, and inline."""
+"""The newest opset from which all our backends build. For an older one the exporter would convert the graph and inline functions."""
 
 TAP_DOMAIN, TAP_OP = "tgate", "Tap"
 """The marker node of a tap: one input, one output of the same value, and the string attribute ``name``."""
 
 
 class _ByPosition(nn.Module):
-    """The denoiser with its inputs in the order of a signature, as `torch.export` wants them."""
+    """The denoiser with its inputs in the order of a signature, as `torch.export` needs them."""
 
     def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
     """Trace a denoiser into one ONNX graph with taps, its rows symbolic and its resolution fixed.
 
     Args:
-        denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it is used up.
+        denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it cannot be used afterwards.
         inputs: its signature, `tgate_trt.models.signature.signature`.
 
     Returns:
@@ -64,15 +64,15 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
 def trace_module(
     module: nn.Module, attribute: str, inputs: Sequence[TensorSpec], outputs: Sequence[str], maximum_rows: int = MAXIMUM_ROWS
 ) -> ir.Model:
-    """Trace any module that takes and gives tensors by position.
+    """Trace any module that takes and returns tensors by position.
 
     Args:
-        module: whose ``forward(*tensors)`` is traced. It holds the model under ``attribute``, on the ``meta`` device and in
-            eval mode; that is used up.
-        attribute: whose path is left out of the parameters' names.
-        inputs: what the module takes; the first has every row.
-        outputs: names of what it gives.
-        maximum_rows: for which the trace must hold, at least 2.
+        module: the module whose ``forward(*tensors)`` is traced. Its model is on the ``meta`` device and in eval mode, and cannot be
+            used afterwards.
+        attribute: the module's attribute that is its model; it is omitted from the parameters' names.
+        inputs: the module's inputs; the first dimension of the first one counts rows.
+        outputs: names of the module's outputs.
+        maximum_rows: the largest batch for which the trace must hold, at least 2.
 
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.
@@ -83,7 +83,10 @@ def trace_module(
             model = _translate(_export(module, model_of_module, inputs, maximum_rows))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise BuildError(f"PyTorch could not trace {type(model_of_module).__name__}: {type(error).__name__}: {reason}") from error
+        raise BuildError(
+            f"PyTorch could not trace {type(model_of_module).__name__}: {type(error).__name__}: {reason}; "
+            "use the versions of constraints.txt, and if it fails with them, report it"
+        ) from error
     _name_inputs_and_outputs(model, inputs, outputs)
     parameters = _parameters_to_inputs(model, {tensor.name for tensor in inputs}, f"{attribute}.")
     _simplify(model)
@@ -110,7 +113,7 @@ def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec]
 
 
 def _materialise(denoiser: nn.Module) -> None:
-    """Put an empty CPU tensor in the place of each parameter and buffer; under a `FakeTensorMode` it takes no memory."""
+    """Replace each parameter and buffer by an empty CPU tensor, which takes no memory under a `FakeTensorMode`."""
     for module in denoiser.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False))
@@ -125,7 +128,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> None:
-    """Give inputs and outputs our names, and every row dimension the name ``batch``."""
+    """Give inputs and outputs our names, and every dimension that counts rows the name ``batch``."""
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
     symbols = {str(model.graph.inputs[0].shape[0])} if model.graph.inputs[0].shape else set()
@@ -139,7 +142,11 @@ def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec], outp
 
 
 def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -> list[ir.Value]:
-    """Turn the parameters into inputs, under their state-dict names, so that no pass takes them for constants."""
+    """Make the parameters inputs under their state-dict names, so that no pass treats them as constants.
+
+    Raises:
+        BuildError: if a parameter has the name of an input.
+    """
     graph = model.graph
     parameters = [value for name, value in graph.initializers.items() if name.startswith(prefix)]
     for value in parameters:
@@ -147,22 +154,18 @@ def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -
         value.const_value = None
         value.name = str(value.name).removeprefix(prefix)
         if value.name in input_names:
-            raise BuildError(f"the parameter {value.name!r} has the name of an input; it cannot be traced")
+            raise BuildError(f"the parameter {value.name!r} has the name of an input, so the model cannot be traced; please report it")
         graph.inputs.append(value)
     return parameters
 
 
 def _inputs_to_initializers(model: ir.Model, parameters: Sequence[ir.Value]) -> None:
+    """Make the parameters initializers with a placeholder for their data, which `tgate_trt.export.weights.attach` replaces."""
     for value in parameters:
+        assert value.shape is not None and value.dtype is not None and value.name is not None
         model.graph.inputs.remove(value)
-        model.graph.register_initializer(_without_data(value))
-
-
-def _without_data(value: ir.Value) -> ir.Value:
-    """Give a parameter a placeholder for its data, which `tgate_trt.export.weights.attach` replaces by the real place."""
-    assert value.shape is not None and value.dtype is not None and value.name is not None
-    value.const_value = ir.ExternalTensor("", 0, 0, value.dtype, shape=value.shape, name=value.name)
-    return value
+        value.const_value = ir.ExternalTensor("", 0, 0, value.dtype, shape=value.shape, name=value.name)
+        model.graph.register_initializer(value)
 
 
 _TIDY = ir.passes.Sequential(
@@ -192,7 +195,7 @@ def _simplify(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on packages that we do not use to its own debug log."""
+    """Silence the exporter's warnings about packages that we do not use."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

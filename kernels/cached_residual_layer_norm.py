@@ -161,8 +161,7 @@ def launch(
 def _check(hidden: Tensor, cache: Tensor, weight: Tensor, bias: Tensor) -> None:
     if cache.shape != hidden.shape or cache.dtype != hidden.dtype:
         raise GateError(
-            f"the cache must have the shape and dtype of the hidden states, {list(hidden.shape)} in {hidden.dtype}, "
-            f"got {list(cache.shape)} in {cache.dtype}"
+            f"hidden is {list(hidden.shape)} in {hidden.dtype}, and its cache must be the same, got {list(cache.shape)} in {cache.dtype}"
         )
     if not weight.shape == bias.shape == hidden.shape[-1:]:
         raise GateError(f"weight and bias must be [{hidden.shape[-1]}], got {list(weight.shape)} and {list(bias.shape)}")

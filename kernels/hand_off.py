@@ -123,12 +123,12 @@ def _checked(name: str, output: Tensor | None, cache: Tensor) -> Tensor:
         GateError: if it is missing or does not fit.
     """
     if output is None:
-        raise GateError(f"the cache {name!r} needs the attention output of that name, which is missing; build the bundle again")
+        raise GateError(f"there is no attention output for {name!r}, from which its cache is written; build the bundle again")
     fits = output.shape[1:] == cache.shape[1:] and len(output) in (len(cache), 2 * len(cache)) and output.dtype == cache.dtype
     if not fits or output.device != cache.device or not output.is_contiguous() or not cache.is_contiguous():
         raise GateError(
             f"the cache {name!r} {list(cache.shape)} in {cache.dtype} cannot be written from {list(output.shape)} in {output.dtype}; "
-            "the output must have as many rows or twice as many, and be contiguous and on the same device"
+            "it takes as many rows or twice as many, contiguous and on the same device"
         )
     return output
 
