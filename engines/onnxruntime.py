@@ -26,6 +26,11 @@ class OnnxRuntimeEngine:
     are bound once.
     """
 
+    spec: GraphSpec
+    """The graph's inputs and outputs."""
+    device: torch.device
+    """The device that must hold the tensors that `run` receives."""
+
     def __init__(
         self,
         path: Path,
@@ -48,9 +53,8 @@ class OnnxRuntimeEngine:
             UnsupportedError: if ONNX Runtime cannot use the device or a dtype here.
             BundleError: if the file cannot be loaded.
         """
-        self._spec = spec
-        self._device = device or default_device()
-        if self._device.type == "cuda" and not cuda_is_available():
+        self.spec, self.device = spec, device or default_device()
+        if self.device.type == "cuda" and not cuda_is_available():
             raise UnsupportedError("ONNX Runtime cannot use CUDA here: install onnxruntime-gpu, or use device='cpu'")
         for tensor in (*spec.inputs, *spec.outputs):
             if tensor.dtype not in _DTYPES:
@@ -65,16 +69,6 @@ class OnnxRuntimeEngine:
         self._bound: dict[str, tuple[int, torch.Size]] = {}
         self._load()
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's inputs and outputs."""
-        return self._spec
-
-    @property
-    def device(self) -> torch.device:
-        """The device that must hold the tensors that `run` receives."""
-        return self._device
-
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`. On a GPU the host waits for PyTorch's current stream first.
 
@@ -82,15 +76,15 @@ class OnnxRuntimeEngine:
             GateError: if the engine was closed, or a tensor is missing or does not fit.
         """
         if self._closed:
-            raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
+            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
         if self._session is None:
             self._load()
-        for tensor in self._spec.inputs:
-            self._bind(tensor, given(self._spec, inputs, tensor), self._binding.bind_input)
-        for tensor in self._spec.outputs:
-            self._bind(tensor, given(self._spec, outputs, tensor), self._binding.bind_output)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        for tensor in self.spec.inputs:
+            self._bind(tensor, given(self.spec, inputs, tensor), self._binding.bind_input)
+        for tensor in self.spec.outputs:
+            self._bind(tensor, given(self.spec, outputs, tensor), self._binding.bind_output)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         self._session.run_with_iobinding(self._binding)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -119,15 +113,29 @@ class OnnxRuntimeEngine:
         }
 
     def _load(self) -> None:
-        self._session = _load(self._path, self._device, self._threads, self._weights)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or 0
+        # Idle workers of the planning engine would spin against those of the fidelity engine in its first calls after the gate. Without
+        # spinning, a gated picture of the demo model takes half the time on two loaded cores, and about the same time on two idle ones.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._weights:
+            options.add_external_initializers(list(self._weights), list(self._weights.values()))
+        on_cuda = self.device.type == "cuda"
+        provider: Any = ("CUDAExecutionProvider", {"device_id": self.device.index or 0}) if on_cuda else "CPUExecutionProvider"
+        try:
+            self._session = onnxruntime.InferenceSession(str(self._path), options, providers=[provider])
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise BundleError(f"ONNX Runtime cannot load {self._path.name}: {reason}; build the bundle again") from error
         self._binding = self._session.io_binding()
 
     def _bind(self, spec: TensorSpec, tensor: Tensor, bind: Any) -> None:
         key = (tensor.data_ptr(), tensor.shape)
         if self._bound.get(spec.name) == key:
             return
-        check(self._spec, spec, tensor, self._device)
-        bind(spec.name, self._device.type, self._device.index or 0, numpy.dtype(spec.dtype).type, tuple(tensor.shape), tensor.data_ptr())
+        check(self.spec, spec, tensor, self.device)
+        bind(spec.name, self.device.type, self.device.index or 0, numpy.dtype(spec.dtype).type, tuple(tensor.shape), tensor.data_ptr())
         self._bound[spec.name] = key
 
 
@@ -139,20 +147,3 @@ def cuda_is_available() -> bool:
 def default_device() -> torch.device:
     """A CUDA device where ONNX Runtime can use one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if cuda_is_available() else torch.device("cpu")
-
-
-def _load(path: Path, device: torch.device, threads: int | None, weights: Mapping[str, Any]) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    # Idle workers of the planning engine would spin against those of the fidelity engine in its first calls after the gate. Without
-    # spinning, a gated picture of the demo model takes half the time on two loaded cores, and about the same time on two idle ones.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
-    provider: Any = ("CUDAExecutionProvider", {"device_id": device.index or 0}) if device.type == "cuda" else "CPUExecutionProvider"
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}; build the bundle again") from error

@@ -43,6 +43,11 @@ class PyTorchOptions:
 class PyTorchEngine:
     """A denoiser with the taps of one graph taken in and given out."""
 
+    spec: GraphSpec
+    """The graph's inputs and outputs."""
+    device: torch.device
+    """The device that must hold the tensors that `run` receives."""
+
     def __init__(
         self,
         architecture: nn.Module,
@@ -68,7 +73,7 @@ class PyTorchEngine:
         Raises:
             BundleError: if the weights do not fit the architecture.
         """
-        self._spec, self._device, self._options = spec, device, options or PyTorchOptions()
+        self.spec, self.device, self._options = spec, device, options or PyTorchOptions()
         self._weights = weights
         own = self._own(changed or {})
         self._replaced = set(own)
@@ -86,16 +91,6 @@ class PyTorchEngine:
         self._met: set[tuple[int, ...]] = set()
         self._closed = False
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's inputs and outputs."""
-        return self._spec
-
-    @property
-    def device(self) -> torch.device:
-        """The device that must hold the tensors that `run` receives."""
-        return self._device
-
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`.
 
@@ -106,15 +101,15 @@ class PyTorchEngine:
             GateError: if the engine was closed, or a tensor is missing or does not fit.
         """
         if self._closed:
-            raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
-        taken = {tensor.name: given(self._spec, inputs, tensor) for tensor in self._spec.inputs}
-        made = {tensor.name: given(self._spec, outputs, tensor) for tensor in self._spec.outputs}
-        for tensor in self._spec.inputs:
-            check(self._spec, tensor, taken[tensor.name], self._device)
-        for tensor in self._spec.outputs:
-            check(self._spec, tensor, made[tensor.name], self._device)
+            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
+        taken = {tensor.name: given(self.spec, inputs, tensor) for tensor in self.spec.inputs}
+        made = {tensor.name: given(self.spec, outputs, tensor) for tensor in self.spec.outputs}
+        for tensor in self.spec.inputs:
+            check(self.spec, tensor, taken[tensor.name], self.device)
+        for tensor in self.spec.outputs:
+            check(self.spec, tensor, made[tensor.name], self.device)
         with torch.inference_mode(), self._threads():
-            if self._device.type == "cuda" and self._options.cuda_graphs:
+            if self.device.type == "cuda" and self._options.cuda_graphs:
                 self._replay(taken, made)
             else:
                 self._run_into(taken, made)
@@ -130,7 +125,7 @@ class PyTorchEngine:
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights among these that the denoiser has, on its device and in its dtypes."""
-        return {name: tensor.to(self._device, self._weights[name].dtype) for name, tensor in weights.items() if name in self._weights}
+        return {name: tensor.to(self.device, self._weights[name].dtype) for name, tensor in weights.items() if name in self._weights}
 
     def unload(self) -> None:
         """Free the captured graphs and their buffers; the weights stay, because engines share them."""
@@ -147,7 +142,7 @@ class PyTorchEngine:
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
         """Let PyTorch use this engine's number of threads on the CPU."""
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             yield
             return
         before = torch.get_num_threads()

@@ -89,6 +89,11 @@ class _Loaded:
 class TensorRTEngine:
     """A plan of TensorRT or TensorRT-RTX that reads caches from, and writes outputs to, the caller's memory."""
 
+    spec: GraphSpec
+    """The graph's inputs and outputs."""
+    device: torch.device
+    """The GPU that must hold the tensors that `run` receives."""
+
     def __init__(
         self,
         plan: Path,
@@ -117,7 +122,8 @@ class TensorRTEngine:
             UnsupportedError: if the flavour is not installed.
             BundleError: if the plan cannot be loaded, or was built from another graph.
         """
-        self._plan, self._spec, self._flavour, self._arena = plan, spec, flavour, arena
+        self.spec, self.device = spec, arena.device
+        self._plan, self._flavour, self._arena = plan, flavour, arena
         self._weights, self._weight_files, self._options = weights, weight_files, options or RuntimeOptions()
         self._trt: Api = flavour.load()
         self._logger = python_logger(self._trt)
@@ -129,16 +135,6 @@ class TensorRTEngine:
         if changed and weights is None and not self._loaded.engine.refittable:
             raise UnsupportedError(self._holds_its_weights())
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's inputs and outputs."""
-        return self._spec
-
-    @property
-    def device(self) -> torch.device:
-        """The GPU that must hold the tensors that `run` receives."""
-        return self._arena.device
-
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`.
 
@@ -149,7 +145,7 @@ class TensorRTEngine:
             GateError: if the engine was closed, a tensor does not fit, or TensorRT cannot run.
         """
         if self._closed:
-            raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
+            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
         loaded = self._loaded = self._loaded or self._load()
         caller = torch.cuda.current_stream(self.device)
         self._arena.stream.wait_stream(caller)
@@ -179,7 +175,7 @@ class TensorRTEngine:
         self._loaded = self._load()
 
     def _holds_its_weights(self) -> str:
-        return f"the {self._spec.name} engine holds its weights; build it with --weights shared to replace them"
+        return f"the {self.spec.name} engine holds its weights; build it with --weights shared to replace them"
 
     def unload(self) -> None:
         """Free the plan, its weights and its CUDA graphs until the engine runs again; keeps TensorRT-RTX's compiled kernels."""
@@ -219,12 +215,12 @@ class TensorRTEngine:
             BundleError: if the plan's other tensors differ from the spec's, or a weight has another shape.
         """
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        expected = {tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs)}
+        expected = {tensor.name for tensor in (*self.spec.inputs, *self.spec.outputs)}
         missing = sorted(expected - set(names))
         if missing or (self._weights is None and set(names) != expected):
             other = missing or sorted(set(names) - expected)
             raise BundleError(
-                f"{self._plan.name} was not built from the {self._spec.name} graph: {other[0]!r} differs; "
+                f"{self._plan.name} was not built from the {self.spec.name} graph: {other[0]!r} differs; "
                 "build the bundle again with --force"
             )
         if self._weights is None:
@@ -259,22 +255,22 @@ class TensorRTEngine:
         """Set the shapes and addresses that changed, and return the key of a captured graph: all addresses and shapes."""
         self._use_memory(loaded)
         key = []
-        for tensor in self._spec.inputs:
-            value = given(self._spec, inputs, tensor)
+        for tensor in self.spec.inputs:
+            value = given(self.spec, inputs, tensor)
             if not tensor.name.startswith(CACHE_PREFIX):
                 value = self._staged(loaded, tensor, value)
             if loaded.shapes.get(tensor.name) != value.shape:
-                check(self._spec, tensor, value, self.device)
+                check(self.spec, tensor, value, self.device)
                 loaded.context.set_input_shape(tensor.name, cast(Any, tuple(value.shape)))
                 loaded.shapes[tensor.name] = value.shape
             key.append(self._set_address(loaded, tensor, value))
-        for tensor in self._spec.outputs:
-            key.append(self._set_address(loaded, tensor, given(self._spec, outputs, tensor)))
+        for tensor in self.spec.outputs:
+            key.append(self._set_address(loaded, tensor, given(self.spec, outputs, tensor)))
         return tuple(key)
 
     def _staged(self, loaded: _Loaded, tensor: TensorSpec, value: Tensor) -> Tensor:
         """Copy the caller's input to the engine's buffer for its shape."""
-        check(self._spec, tensor, value, self.device)
+        check(self.spec, tensor, value, self.device)
         key = (tensor.name, value.shape)
         if key not in loaded.buffers:
             loaded.buffers[key] = torch.empty_like(value)
@@ -283,7 +279,7 @@ class TensorRTEngine:
     def _set_address(self, loaded: _Loaded, tensor: TensorSpec, value: Tensor) -> tuple[int, torch.Size]:
         address = value.data_ptr()
         if loaded.addresses.get(tensor.name) != address:
-            check(self._spec, tensor, value, self.device)
+            check(self.spec, tensor, value, self.device)
             loaded.context.set_tensor_address(tensor.name, address)
             loaded.addresses[tensor.name] = address
         return address, value.shape
@@ -325,7 +321,7 @@ class TensorRTEngine:
 
     def _execute(self, loaded: _Loaded) -> None:
         if not loaded.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise GateError(f"{self._flavour.backend} could not run the {self._spec.name} engine: {self._logger.last}")
+            raise GateError(f"{self._flavour.backend} could not run the {self.spec.name} engine: {self._logger.last}")
 
     def _cache_file(self) -> Path | None:
         folder = self._options.runtime_cache

@@ -60,9 +60,6 @@ def progress_monitor(trt: Api, phases: Phases) -> tensorrt.IProgressMonitor:
     """Record the builder's progress in ``phases``."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]  # a class of the module that was passed in
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
         def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
             phases.start(phase_name, num_steps)
 
@@ -80,9 +77,6 @@ def file_logger(trt: Api, file: TextIO, errors: list[str]) -> tensorrt.ILogger:
     severities = trt.ILogger.Severity
 
     class FileLogger(trt.ILogger):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
         def log(self, severity: Any, msg: str) -> None:
             if severity != severities.VERBOSE:
                 file.write(f"{severity.name}: {msg}\n")
@@ -104,9 +98,7 @@ def python_logger(trt: Api) -> Any:
     }
 
     class PythonLogger(trt.ILogger):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = "no reason given"
+        last = "no reason given"
 
         def log(self, severity: Any, msg: str) -> None:
             level = levels[severity]
@@ -122,9 +114,6 @@ def plan_writer(trt: Api, file: BinaryIO) -> tensorrt.IStreamWriter:
     """Write a plan to a file block by block."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-
         def write(self, data: bytes) -> int:
             return file.write(data)
 
@@ -135,9 +124,6 @@ def plan_reader(trt: Api, file: BinaryIO) -> tensorrt.IStreamReaderV2:
     """Read a plan block by block, so that host memory never holds it whole."""
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.IStreamReaderV2.__init__(self)
-
         def read(self, num_bytes: int, stream: int) -> bytes:
             return file.read(min(num_bytes, _BLOCK))
 

@@ -54,10 +54,11 @@ class TextEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """The decoder of an `AutoencoderKL`."""
 
-    def __init__(self, model: nn.Module, outputs: Sequence[str] = (PIXELS,)) -> None:
+    outputs = (PIXELS,)
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.outputs = tuple(outputs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor]:
         """Decode unscaled latents ``[rows, channels, height, width]`` to pixels ``[rows, 3, height, width]`` from -1 to 1."""

@@ -5,6 +5,8 @@ They act on the nodes of the main graph: a trace has no subgraphs, and local fun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from tgate_trt.specs import ROWS
@@ -66,28 +68,28 @@ class PromoteConcatPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply the rules."""
-        modified = False
-        for node in list(model.graph):
-            target = node.outputs[0].dtype
-            if not _is(node, "Concat") or target is None or not target.is_floating_point():
-                continue
-            for index, value in enumerate(node.inputs):
-                if value is not None and value.dtype not in (target, None):
-                    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(target))])
-                    cast.outputs[0].dtype, cast.outputs[0].shape = target, value.shape
-                    node.prepend(cast)
-                    node.replace_input_with(index, cast.outputs[0])
-                    modified = True
-        return ir.passes.PassResult(model, modified)
+        found = list(_mixed(model))
+        for concat, index, value, target in found:
+            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(target))])
+            cast.outputs[0].dtype, cast.outputs[0].shape = target, value.shape
+            concat.prepend(cast)
+            concat.replace_input_with(index, cast.outputs[0])
+        return ir.passes.PassResult(model, modified=bool(found))
 
     def ensures(self, model: ir.Model) -> None:
         """No concatenation with a floating result mixes dtypes."""
-        for node in model.graph:
-            target = node.outputs[0].dtype
-            if _is(node, "Concat") and target is not None and target.is_floating_point():
-                dtypes = {value.dtype for value in node.inputs if value is not None} - {None}
-                if dtypes - {target}:
-                    raise ir.passes.PostconditionError(f"{node.name!r} joins {dtypes} to {target}")
+        for concat, _, value, target in _mixed(model):
+            raise ir.passes.PostconditionError(f"{concat.name!r} joins {value.dtype} to {target}")
+
+
+def _mixed(model: ir.Model) -> Iterator[tuple[ir.Node, int, ir.Value, ir.DataType]]:
+    """Each ``Concat`` with a floating output, the place and value of an input of another dtype, and the output's dtype."""
+    for node in model.graph:
+        target = node.outputs[0].dtype
+        if _is(node, "Concat") and target is not None and target.is_floating_point():
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype not in (target, None):
+                    yield node, index, value, target
 
 
 def _is(node: ir.Node, op_type: str) -> bool:

@@ -97,13 +97,6 @@ def attach(
             raise BuildError(f"the weights in {folder} hold {stored!r} in another dtype than {value.dtype.name}; {hint}")
         model.graph.initializers.pop(name)
         value.name = stored
-        value.const_value = ir.ExternalTensor(
-            os.path.relpath(file, folder),
-            place.offset,
-            place.length,
-            value.dtype,
-            shape=ir.Shape(place.shape),
-            name=stored,
-            base_dir=folder,
-        )
+        location, shape = os.path.relpath(file, folder), ir.Shape(place.shape)
+        value.const_value = ir.ExternalTensor(location, place.offset, place.length, value.dtype, shape=shape, name=stored, base_dir=folder)
         model.graph.register_initializer(value)

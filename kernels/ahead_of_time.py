@@ -157,18 +157,10 @@ def _compile(specialisation: Specialisation, capability: int) -> CompiledKernel:
     spilled = re.findall(r"(\d+) bytes spill", report)
     if registers is None or not spilled:
         raise BuildError(f"ptxas must report the registers and spills of {entry}, got {report!r}; please report it")
-    return CompiledKernel(
-        entry,
-        capability,
-        tuple(arguments.values()),
-        specialisation.owned,
-        specialisation.warps,
-        built.metadata.shared,
-        int(registers[1]),
-        sum(map(int, spilled)),
-        ptx,
-        cubin,
-    )
+    shared_bytes, spilled_bytes = built.metadata.shared, sum(map(int, spilled))
+    owned, warps = specialisation.owned, specialisation.warps
+    types = tuple(arguments.values())
+    return CompiledKernel(entry, capability, types, owned, warps, shared_bytes, int(registers[1]), spilled_bytes, ptx, cubin)
 
 
 def _ptx_version(capability: int) -> int:

@@ -140,22 +140,10 @@ def launch(
     if not hidden.shape[0]:
         return
     tile = tile_of(width)
-    kernel[(-(-hidden.shape[0] // tile.rows),)](
-        hidden,
-        cache,
-        weight,
-        bias,
-        hidden.shape[0],
-        hidden.stride(0),
-        cache.stride(0),
-        residual,
-        normed,
-        WIDTH=width,
-        EPSILON=epsilon,
-        BLOCK_ROWS=tile.rows,
-        BLOCK_WIDTH=power_of_two(width),
-        num_warps=tile.warps,
-    )
+    rows, strides = hidden.shape[0], (hidden.stride(0), cache.stride(0))
+    constants = {"WIDTH": width, "EPSILON": epsilon, "BLOCK_ROWS": tile.rows, "BLOCK_WIDTH": power_of_two(width)}
+    programs = -(-rows // tile.rows)
+    kernel[(programs,)](hidden, cache, weight, bias, rows, *strides, residual, normed, **constants, num_warps=tile.warps)
 
 
 def _check(hidden: Tensor, cache: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -96,11 +96,6 @@ class HandOff:
         self._aligned = int(numpy.gcd.reduce(table, axis=None, initial=ALIGNMENT))
         self._table = torch.from_numpy(table).to(next(iter(caches.values())).device)
 
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes that a hand-off reads and writes."""
-        return sum(tensor.nbytes for tensor in (*self._outputs.values(), *self._caches.values()))
-
     def run(self) -> None:
         """Write every cache, on a GPU in one launch on PyTorch's current stream, elsewhere with PyTorch."""
         if not self._runs_kernel:

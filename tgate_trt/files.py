@@ -81,25 +81,26 @@ def _shards(index: Path) -> list[Path]:
     return paths
 
 
-def read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors one at a time from memory-mapped files.
+def read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a model one at a time.
 
     Args:
         files: safetensors files that together hold the tensors.
-        shapes: the tensors to read, in this order, with the shapes that they must have; if None, all in the order of the files.
+        shapes: the tensors to read, in this order, with the shapes that they must have.
 
     Raises:
         InputError: if a file is not a whole safetensors file, or a tensor is missing or has another shape.
     """
     with contextlib.ExitStack() as stack:
         holders = {name: opened for path in files for opened in [stack.enter_context(opened_file(path))] for name in opened.keys()}  # noqa: SIM118
-        for name in shapes or holders:
+        for name, shape in shapes.items():
             if name not in holders:
                 raise InputError(f"{files[0].parent} lacks the tensor {name!r}, which its config.json calls for; download the model again")
             tensor: Tensor = holders[name].get_tensor(name)
-            if shapes and tuple(tensor.shape) != shapes[name]:
+            if tuple(tensor.shape) != shape:
                 raise InputError(
-                    f"{name!r} in {files[0].parent} has shape {tuple(tensor.shape)}, but its config.json calls for {shapes[name]}"
+                    f"{name!r} in {files[0].parent} has shape {tuple(tensor.shape)}, but its config.json calls for {shape}; "
+                    "download the model again"
                 )
             yield name, tensor
 

@@ -112,14 +112,8 @@ class GraphSpec:
 
     def _tensor_to_json(self, tensor: TensorSpec) -> dict[str, Any]:
         minimum, optimum, maximum = map(list, self.shapes_within_bounds(tensor))
-        return {
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "min": minimum,
-            "opt": optimum,
-            "max": maximum,
-        }
+        shapes = {"shape": list(tensor.shape), "min": minimum, "opt": optimum, "max": maximum}
+        return {"name": tensor.name, "dtype": tensor.dtype, **shapes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GraphSpec:

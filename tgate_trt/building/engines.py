@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
-from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet, graph_file
+from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, UnsupportedError
@@ -143,7 +143,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 
         return EngineSet(files={name: WEIGHTS_FILE for name in specs if name in GRAPHS})
     if backend == ONNXRUNTIME:
-        return EngineSet(files={name: graph_file(name) for name in specs})
+        return EngineSet(files={name: f"{name}.onnx" for name in specs})
     flavour = FLAVOURS[backend]
     files, keys = {}, {}
     for name, spec in specs.items():
@@ -160,7 +160,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
 @contextlib.contextmanager
 def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Iterator[tuple[Path, dict[str, TensorSpec]]]:
     """The graph from which an engine is built, and those of its inputs that are weights."""
-    graph = folder / graph_file(name)
+    graph = folder / f"{name}.onnx"
     if weights == "baked" and not plugins:
         yield graph, {}
         return
