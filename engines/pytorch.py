@@ -142,11 +142,8 @@ class PyTorchEngine:
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
         """Let PyTorch use this engine's number of threads on the CPU."""
-        if self.device.type == "cuda":
-            yield
-            return
         before = torch.get_num_threads()
-        torch.set_num_threads(self._options.threads or before)
+        torch.set_num_threads(before if self.device.type == "cuda" else self._options.threads or before)
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tgate_trt.engines.base import check, given
 from tgate_trt.engines.shared_weights import SharedWeights
 from tgate_trt.engines.tensorrt_callbacks import plan_reader, python_logger
-from tgate_trt.engines.tensorrt_flavours import SPECIALISATIONS, Api, Flavour
+from tgate_trt.engines.tensorrt_flavours import DTYPES, SPECIALISATIONS, Api, Flavour
 from tgate_trt.errors import BundleError, GateError, InputError, UnsupportedError
 from tgate_trt.files import read_named, replacing
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec, TensorSpec
@@ -119,7 +119,7 @@ class TensorRTEngine:
             changed: weights that differ from those of the files, by name.
 
         Raises:
-            UnsupportedError: if the flavour is not installed.
+            UnsupportedError: if the flavour is not installed, or ``changed`` is for a plan that holds its weights.
             BundleError: if the plan cannot be loaded, or was built from another graph.
         """
         self.spec, self.device = spec, arena.device
@@ -138,8 +138,9 @@ class TensorRTEngine:
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`.
 
-        Inputs other than caches are first copied to the engine's own buffers. All work is on the arena's stream, because TensorRT
-        would wait for the host on the default stream; it comes after the earlier work on the caller's stream and before the later.
+        The engine runs on the arena's stream, because TensorRT would synchronise with the host on the default stream. The arena's
+        stream waits for the caller's first, and the caller's for the arena's afterwards. Inputs other than caches are copied to the
+        engine's own buffers.
 
         Raises:
             GateError: if the engine was closed, a tensor does not fit, or TensorRT cannot run.
@@ -155,7 +156,7 @@ class TensorRTEngine:
         caller.wait_stream(self._arena.stream)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`.
+        """Replace some weights; see `tgate_trt.engines.base.Engine.replace_weights`.
 
         Shared weights are overwritten in place, so captured CUDA graphs stay valid. A refittable plan is refitted.
 
@@ -237,7 +238,8 @@ class TensorRTEngine:
     def _refit_engine(self, engine: tensorrt.ICudaEngine) -> None:
         """Set the weights that a stripped plan lacks, and those that were replaced."""
         refitter = self._trt.Refitter(engine, self._logger)
-        refit = {name: tensor for name, tensor in self._refit.items() if name in refitter.get_all_weights()}
+        known = set(refitter.get_all_weights())
+        refit = {name: tensor for name, tensor in self._refit.items() if name in known}
         missing = set(refitter.get_missing_weights()) - set(refit)
         if not missing and not refit:
             return
@@ -245,7 +247,7 @@ class TensorRTEngine:
         for name, tensor in (*read_named(self._weight_files, missing), *refit.items()):
             on_host = tensor.cpu().contiguous()
             kept_alive.append(on_host)
-            kind = getattr(self._trt.DataType, _KINDS[on_host.dtype])
+            kind = getattr(self._trt.DataType, DTYPES[str(on_host.dtype).removeprefix("torch.")])
             if not refitter.set_named_weights(name, self._trt.Weights(kind, on_host.data_ptr(), on_host.numel())):
                 raise UnsupportedError(f"{self._plan.name} does not allow {name!r} to be replaced; build it with --weights shared")
         if not refitter.refit_cuda_engine():
@@ -321,7 +323,9 @@ class TensorRTEngine:
 
     def _execute(self, loaded: _Loaded) -> None:
         if not loaded.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise GateError(f"{self._flavour.backend} could not run the {self.spec.name} engine: {self._logger.last}")
+            raise GateError(
+                f"{self._flavour.backend} could not run the {self.spec.name} engine: {self._logger.last}; load the bundle again"
+            )
 
     def _cache_file(self) -> Path | None:
         folder = self._options.runtime_cache
@@ -337,7 +341,3 @@ class TensorRTEngine:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 partial.write_bytes(loaded.serialized_cache())
-
-
-_KINDS = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
-"""TensorRT's names of the dtypes of weights."""

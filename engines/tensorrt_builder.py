@@ -182,10 +182,9 @@ def _build(task: PlanTask, log: TextIO) -> dict[str, Any]:
     with _timing_cache(config, task.timing_cache):
         done = _serialize(trt, builder, network, config, task.plan)
     del parser, monitor  # TensorRT used them until here
-    if phases.cancelled:
-        raise BuildError("it was cancelled")
     if not done:
-        raise BuildError(one_line(errors[0]) if errors else "the builder gave no reason")
+        reason = one_line(errors[0]) if errors else "the builder gave no reason"
+        raise BuildError("it was cancelled" if phases.cancelled else reason)
     return {"seconds": round(time.perf_counter() - start, 1), "bytes": task.plan.stat().st_size, "layers": layers}
 
 
@@ -228,7 +227,7 @@ def _timing_cache(config: tensorrt.IBuilderConfig, path: Path | None) -> Iterato
 def _serialize(
     trt: Api, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, plan: Path
 ) -> bool:
-    """Build, and write the plan block by block; TensorRT before 10.12 gives it in one piece.
+    """Build, and write the plan block by block; TensorRT before 10.12 returns it in one piece.
 
     Returns:
         Whether there is a plan.
@@ -245,7 +244,7 @@ def _serialize(
 
 
 def _register_plugin(trt: Api, options: PlanOptions) -> None:
-    """Register the plugin with TensorRT, for the GPU here, or for the oldest GPU that shall run the plan."""
+    """Register the plugin with TensorRT, for the GPU here, or for the oldest GPU that must run the plan."""
     from tgate_trt.kernels import tensorrt_plugin
 
     plugin = importlib.import_module(f"{trt.__name__}.plugin")

@@ -25,7 +25,7 @@ class Phases:
 
     stack: list[list[Any]] = field(default_factory=list)
     cancelled: bool = False
-    """Whether TensorRT shall stop at the next step."""
+    """Whether TensorRT must stop at its next step."""
     _reported: tuple[int, str] = (-1, "")
 
     def start(self, name: str, steps: int) -> None:

@@ -23,6 +23,9 @@ from tgate_trt.errors import InputError, UnsupportedError
 if TYPE_CHECKING:
     import tensorrt
 
+DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+"""TensorRT's names of the dtypes."""
+
 
 class Api(Protocol):
     """The part of the modules `tensorrt` and `tensorrt_rtx` that we use, which is the same in both."""

@@ -6,15 +6,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tgate_trt.engines.tensorrt_flavours import Api
+from tgate_trt.engines.tensorrt_flavours import DTYPES, Api
 from tgate_trt.errors import BuildError
 from tgate_trt.specs import GraphSpec
 
 if TYPE_CHECKING:
     import tensorrt
-
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
-"""TensorRT's names of the dtypes."""
 
 _SOURCES = re.compile(r"\[\w+\.(cpp|h)::.*|\s*In \w+ at /_src/[^)]*")
 """Places in TensorRT's own source files, and what follows the first of them."""
@@ -60,7 +57,7 @@ def check_network(network: tensorrt.INetworkDefinition, spec: GraphSpec) -> None
         for name in found.keys() ^ {tensor.name for tensor in tensors}:
             raise BuildError(f"the {what} {name!r} is {'not expected' if name in found else 'missing'}")
         for tensor in tensors:
-            expected = (_DTYPES[tensor.dtype], tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
+            expected = (DTYPES[tensor.dtype], tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
             actual = (found[tensor.name].dtype.name, tuple(cast(Any, found[tensor.name].shape)))
             if actual != expected:
                 raise BuildError(

@@ -23,7 +23,11 @@ class RowsFromSamplePass(ir.passes.InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """The first input has rows."""
+        """Check that the first input has rows.
+
+        Raises:
+            PreconditionError: if it has none.
+        """
         if not model.graph.inputs or not _has_rows(model.graph.inputs[0]):
             raise ir.passes.PreconditionError(f"the first input must have a first dimension named {ROWS!r}")
 
@@ -77,7 +81,11 @@ class PromoteConcatPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(found))
 
     def ensures(self, model: ir.Model) -> None:
-        """No concatenation with a floating result mixes dtypes."""
+        """Check that no concatenation with a floating result mixes dtypes.
+
+        Raises:
+            PostconditionError: if one does.
+        """
         for concat, _, value, target in _mixed(model):
             raise ir.passes.PostconditionError(f"{concat.name!r} joins {value.dtype} to {target}")
 

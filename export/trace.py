@@ -185,7 +185,7 @@ def _simplify(model: ir.Model) -> None:
     """Fold shape arithmetic, remove dead and duplicate nodes, and add the casts that PyTorch makes silently.
 
     onnxscript's own `optimize` would also try its rewrite rules, at a cost that grows with the square of the number of nodes: on
-    SDXL two thirds of the whole trace. Every engine of ours has such rules of its own.
+    SDXL two thirds of the whole trace. Every backend has such rules itself.
     """
     for _ in range(2):  # a fold may uncover the constants of another
         optimizer.fold_constants(model)

@@ -33,7 +33,7 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[t
 
     Args:
         path: file to write.
-        shapes: every tensor's shape, in the order in which ``tensors`` gives them.
+        shapes: every tensor's shape, in the order of ``tensors``.
         tensors: names and values, floating ones in the dtype of ``precision``.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
 

@@ -67,10 +67,6 @@ class CompiledKernel:
     ptx: str = dataclasses.field(repr=False)
     cubin: bytes = dataclasses.field(repr=False)
 
-    def programs(self, rows: int) -> int:
-        """The number of programs that cover some rows."""
-        return -(-rows // self.owned)
-
 
 def cached_residual_layer_norm(width: int, dtype: torch.dtype, epsilon: float) -> Specialisation:
     """The fused reuse of the cache on dense rows. Its arguments are the inputs, the number of rows, and the outputs.
