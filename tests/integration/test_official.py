@@ -66,9 +66,9 @@ class Wrapped:
         """The engine's own."""
         return self.engine.device
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run as the engine does."""
-        self.engine.run(inputs, outputs, stream)
+        self.engine.run(inputs, outputs)
 
     def close(self) -> None:
         """Leave the engine to its owner."""
@@ -79,10 +79,10 @@ class CountedRuns(Wrapped):
 
     runs = 0
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run and count."""
         self.runs += 1
-        super().run(inputs, outputs, stream)
+        super().run(inputs, outputs)
 
 
 class ScaledCaches(Wrapped):
@@ -92,14 +92,14 @@ class ScaledCaches(Wrapped):
         super().__init__(engine)
         self.factor, self.only = factor, only
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run with the caches changed."""
 
         def is_changed(name: str) -> bool:
             return name == self.only if self.only else name.startswith(CACHE_PREFIX)
 
         changed = {name: tensor * self.factor if is_changed(name) else tensor for name, tensor in inputs.items()}
-        super().run(changed, outputs, stream)
+        super().run(changed, outputs)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
