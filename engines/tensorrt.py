@@ -1,7 +1,6 @@
 """Runs TensorRT plans, of every flavour, on one CUDA stream and without a word to the host.
 
-Type-checked against TensorRT 10 and TensorRT-RTX, and not run by us yet: that takes a GPU. `pytest -m gpu` and
-`python -m tgate_trt.bench gpu` are what runs it there.
+Type-checked against TensorRT 10 and TensorRT-RTX, and not run by us yet, which takes a GPU: `make bench-gpu` runs it there.
 """
 
 from __future__ import annotations

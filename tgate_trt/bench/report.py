@@ -1,4 +1,4 @@
-"""Records as tables, the same ones on a terminal and in Markdown."""
+"""Records as tables, the same on a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from tgate_trt.bench import growth
-from tgate_trt.bench.units import gigabytes, seconds
+from tgate_trt.bench.kernels import RESOURCES
 
 Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows."""
+    """Rows of text under a header."""
 
     title: str
     header: tuple[str, ...]
     rows: Rows
     notes: tuple[str, ...] = ()
-    """Sentences on what was measured, and on what."""
+    """Sentences on how it was measured."""
 
     def markdown(self) -> str:
         """This table with its title as a heading."""
@@ -77,7 +77,10 @@ def _pictures(record: Mapping[str, Any]) -> Iterator[Table]:
     header = ("method", "engine", "p50", "p90", "p10 … p90", "images/s", "ratio", "bound", "denoising alone", "of bound", "to the first")
     yield Table(f"{images.capitalize()}, {settings['steps']} steps: {subject}", header, times, tuple(_notes_on_pictures(record)))
     phases = ("method", *_STEPS, *_REST, "outside the models", "peak memory", "peak GPU memory")
-    note = "Peak memory is of a process for each row, anonymous: weights that stay mapped from their files, as PyTorch's do, are not in it."
+    note = (
+        "Peak memory is of a process for each row and of those that it starts, anonymous: weights that stay mapped from their files, as"
+        " PyTorch's do, are not included."
+    )
     yield Table(f"Where the time goes, medians: {subject}", phases, [_phases(name, row) for name, row in results.items()], (note,))
     if record["results"].get("quality"):
         yield _quality(record)
@@ -100,15 +103,15 @@ def _notes_on_pictures(record: Mapping[str, Any]) -> Iterator[str]:
     scale = "of the model" if settings["guidance_scale"] is None else settings["guidance_scale"]
     yield f"Rounds: {settings['rounds']}, each of all rows in turn, forwards and backwards."
     yield f"Scheduler {settings['scheduler'] or 'of the model'}, guidance scale {scale}."
-    yield "**ratio** is of times, to vanilla by the same engine in the same round."
-    yield "**bound** is that of multiply-accumulates in linear and convolution layers."
+    yield "**ratio** is that of the time to vanilla's, by the same engine in the same round."
+    yield "**bound** is the same ratio of multiply-accumulates in linear and convolution layers."
     engines = dict.fromkeys(row["engine"] for row in results.values())
     if len(engines) > 1:
-        yield f"**Not the same engine**: {', '.join(engines)}; ratio stays within an engine, and *to the first* crosses them."
+        yield f"**Not the same engine**: {', '.join(engines)}; ratio compares within an engine, *to the first* across engines."
     if record["machine"]["load_average_before"] > 1:
         yield f"**The machine was not idle**: load average {record['machine']['load_average_before']} at the start."
     if record["subject"]["random_weights"]:
-        yield "The weights are random: times are the architecture's, pictures have no meaning."
+        yield "The weights are random: times are those of the architecture, and pictures have no meaning."
 
 
 def _quality(record: Mapping[str, Any]) -> Table:
@@ -176,25 +179,60 @@ def _macs(record: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _growth(record: Mapping[str, Any]) -> Iterator[Table]:
-    results = record["results"]
-    yield Table("Cost of growth", growth.HEADER, list(growth.rows(results)), growth.notes(results))
+    found = growth.by_parameters(record["results"])
+    header = ("model", "parameters", "pictures", "build", "its memory", "on disk", *(f"{graph} step" for graph in growth.GRAPHS))
+    rows: Rows = [
+        (
+            name,
+            f"{one['parameters'] / 1e6:,.1f} M",
+            f"{one['size']}²",
+            f"{one['build']['seconds']:,.0f} s, {one['build']['cpu_seconds']:,.0f} s",
+            gigabytes(one["build"]["memory"]["peak_anonymous"]),
+            gigabytes(one["build"]["disk"]["bundle"]),
+            *(_step_time(one["steps"][graph]) for graph in growth.GRAPHS),
+            gigabytes(max(step["memory"]["peak_anonymous"] for step in one["steps"].values())),
+        )
+        for name, one in found
+    ]
+    yield Table("Cost of growth", (*header, "memory of a step"), rows, tuple(_notes_on_growth(dict(found))))
+
+
+def _step_time(step: Mapping[str, Any]) -> str:
+    median, low, high = (seconds(step["seconds"][key]) for key in ("median", "p10", "p90"))
+    return f"{median} ({low} … {high}), {seconds(step['cpu_seconds']['median'])}"
+
+
+def _notes_on_growth(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    machines = dict.fromkeys(f"{one['machine']['cpu']}, {one['machine']['cores']} cores" for one in found.values())
+    yield f"{'; '.join(machines)}; ONNX Runtime, {growth.PRECISION}, random weights, builds without verification."
+    yield "The time of a step is a median, in brackets the 10th to 90th percentile."
+    yield "After the comma is processor time, which other work on the machine stretches less."
+    yield "Vanilla and planning steps have two rows under guidance, fidelity steps have one."
+    yield "Memory is anonymous, at its peak: of a build's whole process tree, and of the process that loads and runs a step."
+    loads = (f"{name} {one['machine']['load_average_before']:.1f}, {_highest_load(one):.1f}" for name, one in found.items())
+    yield f"Load average before the build, and the highest before a step: {'; '.join(loads)}."
+
+
+def _highest_load(one: Mapping[str, Any]) -> float:
+    return max(float(step["load_average_before"]) for step in one["steps"].values())
 
 
 def _build(record: Mapping[str, Any]) -> Iterator[Table]:
     results = record["results"]
     memory, disk = results["memory"], results["disk"]
-    peaks: Mapping[str, int] = memory.get("peak_anonymous_of_stages", {})
+    peaks: Mapping[str, int] = memory["peak_anonymous_of_stages"]
     rows: Rows = [
         (stage, f"{taken:,.1f} s" + (f", {gigabytes(peaks[stage])} anonymous" if stage in peaks else ""))
         for stage, taken in results["stages"].items()
     ]
     rows += [
-        ("whole command", f"{results['seconds']:,.1f} s"),
+        ("whole command", f"{results['seconds']:,.1f} s, processor time {results['cpu_seconds']:,.1f} s"),
         ("peak memory, anonymous", _against(memory["peak_anonymous"], disk["denoiser_weights"], "the denoiser's weights")),
         ("peak memory, total", _against(memory["peak_total"], disk["denoiser_weights"], "the denoiser's weights")),
+        *([("peak memory of the GPU, all processes", gigabytes(memory["peak_gpu"]))] if memory["peak_gpu"] else []),
         ("weights of the denoiser", gigabytes(disk["denoiser_weights"])),
         ("weights of the whole pipeline", gigabytes(disk["pipeline_weights"])),
-        *([("plans on disk", gigabytes(disk["plans"]))] if disk.get("plans") else []),
+        *([("plans on disk", gigabytes(disk["plans"]))] if disk["plans"] else []),
         ("bundle on disk", _against(disk["bundle"], disk["pipeline_weights"], "the pipeline's weights")),
     ]
     yield Table(f"A build: {_subject(record)}", ("stage", "taken"), rows)
@@ -222,15 +260,9 @@ def _kernels(record: Mapping[str, Any]) -> Iterator[Table]:
         fusion = results["fusion"]
         row = (*(seconds(fusion[name]["median"]) for name in ("unfused", "fused")), _ratio(fusion["ratio"]))
         yield Table(f"A fidelity step in PyTorch, with and without the fused op: {_subject(record)}", ("unfused", "fused", "ratio"), [row])
-    rows = [
-        (
-            row["kernel"],
-            f"SM{row['capability']}",
-            *(str(row[name]) for name in ("registers", "shared_bytes", "spilled_bytes", "warps")),
-        )
-        for row in results["resources"]
-    ]
-    yield Table("What the compiler says, fp16", ("kernel", "GPU", "registers", "shared bytes", "spilled bytes", "warps"), rows)
+    rows = [(row["kernel"], f"SM{row['capability']}", *(str(row[name]) for name in RESOURCES)) for row in results["resources"]]
+    header = ("kernel", "GPU", *(name.replace("_", " ") for name in RESOURCES))
+    yield Table("What the kernels compile to, fp16", header, rows)
 
 
 def _probe(record: Mapping[str, Any]) -> Iterator[Table]:
@@ -288,3 +320,17 @@ def _share(share: Mapping[str, Any]) -> str:
 
 def _against(held: int, least: int, what: str) -> str:
     return f"{gigabytes(held)}, {held / least:.2f} × {what}"
+
+
+def seconds(value: float) -> str:
+    """A time of three digits or so, in s, ms or µs."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 3 - len(str(int(scaled))))}f} {unit}"
+    return f"{value / 1e-6:.0f} µs"
+
+
+def gigabytes(held: int) -> str:
+    """Bytes in units of 10⁹."""
+    return f"{held / 1e9:,.2f} GB"

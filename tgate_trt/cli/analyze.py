@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tgate_trt.cli.common import application, console, reporting
-
-if TYPE_CHECKING:
-    from tgate_trt.analysis.results import Study
+from tgate_trt.cli.common import Verbose, application, command_line, console, reporting
 
 app = application()
 
@@ -37,7 +34,7 @@ def analyze(
     output: Annotated[Path, typer.Option(help="Folder of analysis-MODEL.json and analysis-MODEL.png.")] = Path("analysis"),
     json_file: Annotated[Path | None, typer.Option("--json", help="File of the results, in the place of --output.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File of the figure, .png, .svg or .pdf, in the place of --output.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure where attention converges, what text does in which steps, and what each gate step costs.
 
@@ -63,9 +60,10 @@ def analyze(
             scheduler=scheduler,
         )
         parts = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip()))
-        study, paths = analyze_and_save(
+        record, paths = analyze_and_save(
             model,
             sampling,
+            command=command_line("tgate-analyze"),
             parts=parts,
             backend=backend,
             random_weights=random_weights,
@@ -73,19 +71,19 @@ def analyze(
             json_file=json_file,
             plot=plot,
         )
-        console.print(_summary(study))
+        console.print(_summary(record))
         for path in paths:
             console.print(str(path))
 
 
-def _summary(study: Study) -> Table:
-    """What was suggested, and by which rule."""
-    suggestion = study.suggestion.to_json()
+def _summary(record: dict[str, Any]) -> Table:
+    """The suggested gate step, and the rule that suggests it."""
+    suggestion, steps = record["results"]["suggestion"], record["settings"]["steps"]
     table = Table("gate step", "rule", box=None)
     for name in ("by_convergence", "by_accuracy"):
         answer = suggestion[name]["gate_step"]
         suggested = ", suggested" if suggestion["rule"] == name else ""
-        table.add_row("not measured" if answer is None else f"{answer} of {study.steps}{suggested}", suggestion[name]["rule"])
+        table.add_row("not measured" if answer is None else f"{answer} of {steps}{suggested}", suggestion[name]["rule"])
     return table
 
 

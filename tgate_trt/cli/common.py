@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
+import sys
 from collections.abc import Iterator
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +18,8 @@ from tgate_trt.errors import TGateError
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")]
 
 FAILED = 1
 """Exit code where the user's input or machine is the reason; 2 is wrong usage."""
@@ -114,3 +119,8 @@ def _quieten_libraries() -> None:
 def application() -> typer.Typer:
     """A command with the options that all of them have."""
     return typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+def command_line(program: str) -> str:
+    """The command line of this process, ready to be typed again."""
+    return shlex.join([program, *sys.argv[1:]])
