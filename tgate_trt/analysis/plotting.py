@@ -26,6 +26,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.prop_cycle": f"cycler(color={[BLUE, ORANGE, GREEN, VERMILION, PURPLE]})",
     "axes.grid": True,
     "grid.color": "0.92",
     "legend.framealpha": 0.85,

@@ -100,54 +100,45 @@ def analyze(
     return record_of("analysis", command, before, _settings(subject, parts), results, describe(bundle))
 
 
-def analyze_and_save(
-    model: str | os.PathLike[str],
-    sampling: Sampling | None = None,
-    *,
-    command: str,
-    parts: tuple[str, ...] = PARTS,
-    backend: str | None = None,
-    random_weights: bool = False,
-    output: Path | None = None,
-    json_file: Path | None = None,
-    plot: Path | None = None,
-) -> tuple[dict[str, Any], list[Path]]:
-    """Analyse a model, and write the record and the figure, each whole or not at all.
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where the results of an analysis are written; None means nowhere."""
 
-    Args:
-        model: see `analyze`.
-        sampling: see `analyze`.
-        command: see `analyze`.
-        parts: see `analyze`.
-        backend: see `analyze`.
-        random_weights: see `analyze`.
-        output: folder of ``analysis-<model>.json`` and ``analysis-<model>.png``.
-        json_file: file of the record, if not in ``output``.
-        plot: file of the figure, if not in ``output``.
+    folder: Path | None = None
+    """Folder of ``analysis-<model>.json`` and ``analysis-<model>.png``."""
+    json: Path | None = None
+    """File of the record, instead of that one."""
+    plot: Path | None = None
+    """File of the figure, instead of that one."""
 
-    Returns:
-        The record, and the files that were written.
+    def check(self) -> None:
+        """Check before the work that the files can be written.
 
-    Raises:
-        InputError: if the model or a setting cannot be used, or nothing can be written there; before the work begins.
-        UnsupportedError: if a figure is asked for and matplotlib is not installed.
-        BundleError: if the bundle cannot be used.
-    """
-    check_parts(parts)
-    if output is not None or plot is not None:
-        check_available(plot)
-    for file in (output and output / "analysis.json", json_file, plot):
-        if file is not None:
-            check_writable(file)
-    record = analyze(model, sampling, command=command, parts=parts, backend=backend, random_weights=random_weights)
-    if output is not None:
-        stem = f"analysis-{record['subject']['model']}"
-        json_file, plot = json_file or output / f"{stem}.json", plot or output / f"{stem}.png"
-    if json_file is not None:
-        write(json_file, record)
-    if plot is not None:
-        figure.save(record, plot)
-    return record, [path for path in (json_file, plot) if path is not None]
+        Raises:
+            InputError: if one cannot.
+            UnsupportedError: if there is to be a figure and matplotlib is not installed.
+        """
+        if self.folder is not None or self.plot is not None:
+            check_available(self.plot)
+        for path in (self.folder and self.folder / "analysis.json", self.json, self.plot):
+            if path is not None:
+                check_writable(path)
+
+    def write(self, record: dict[str, Any]) -> list[Path]:
+        """Write the record and the figure, each whole or not at all, and return the paths.
+
+        Raises:
+            InputError: if one cannot be written.
+        """
+        json, plot = self.json, self.plot
+        if self.folder is not None:
+            stem = f"analysis-{record['subject']['model']}"
+            json, plot = json or self.folder / f"{stem}.json", plot or self.folder / f"{stem}.png"
+        if json is not None:
+            write(json, record)
+        if plot is not None:
+            figure.save(record, plot)
+        return [path for path in (json, plot) if path is not None]
 
 
 def open_bundle(model: str | os.PathLike[str], backend: str | None, *, random_weights: bool) -> Bundle:

@@ -84,7 +84,7 @@ def _against_quality(axes: Any, settings: Mapping[str, Any], quality: Mapping[st
             axes.annotate(gate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set_xlabel("seconds, median; beside each point, its gate step")
     axes.set_ylabel("pictures with every attribute right" if semantic else "perceptual distance to vanilla")
-    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _of_semantics(row: Mapping[str, Any]) -> tuple[float, float, float]:
