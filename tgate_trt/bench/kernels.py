@@ -137,10 +137,10 @@ def _norm(model: str, batch: int, tokens: int, width: int) -> Case:
         cached_residual_layer_norm.launch(hidden, cache, weight, bias, EPSILON, residual, normed)
 
     ways: dict[str, Sequence[Callable[[], object]]] = {
-        "copy": [lambda each=each: each[2:].copy_(each[:2]) for each in sets],  # type: ignore[misc]
-        "kernel": [lambda each=each: ours(each) for each in sets],  # type: ignore[misc]
-        "eager": [lambda each=each: unfused(each[0], each[1]) for each in sets],  # type: ignore[misc]
-        "torch.compile": [lambda each=each: compiled(each[0], each[1]) for each in sets],  # type: ignore[misc]
+        "copy": [partial(each[2:].copy_, each[:2]) for each in sets],
+        "kernel": [partial(ours, each) for each in sets],
+        "eager": [partial(unfused, each[0], each[1]) for each in sets],
+        "torch.compile": [partial(compiled, each[0], each[1]) for each in sets],
     }
     return Case("cached_residual_layer_norm", f"{model}, batch {batch}, {tokens}×{width}", moved, ways)
 
@@ -157,21 +157,16 @@ def _hand_off(model: str, batch: int) -> Case:
     moved = sum(tensor.nbytes for part in first for tensor in part.values())
     sets = [first, *(make() for _ in range(_sets(moved) - 1))]
 
-    def one_by_one(outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> None:
-        hand_off.reference(outputs, caches)
-
     def means(outputs: list[Tensor]) -> list[Tensor]:
         return [torch.lerp(output[: len(output) // 2], output[len(output) // 2 :], 0.5) for output in outputs]
 
     compiled = torch.compile(means, dynamic=False)
     half = [torch.randn(moved // 2 // DTYPE.itemsize, device="cuda").to(DTYPE) for _ in sets]
-    copies = [torch.empty_like(each) for each in half]
-    handed = [hand_off.HandOff(*each) for each in sets]
     ways: dict[str, Sequence[Callable[[], object]]] = {
-        "copy": [lambda pair=pair: pair[1].copy_(pair[0]) for pair in zip(half, copies, strict=True)],  # type: ignore[misc]
-        "kernel": [each.run for each in handed],
-        "eager": [lambda each=each: one_by_one(*each) for each in sets],  # type: ignore[misc]
-        "torch.compile": [lambda each=each: compiled(list(each[0].values())) for each in sets],  # type: ignore[misc]
+        "copy": [partial(torch.empty_like(each).copy_, each) for each in half],
+        "kernel": [hand_off.HandOff(*each).run for each in sets],
+        "eager": [partial(hand_off.reference, *each) for each in sets],
+        "torch.compile": [partial(compiled, list(outputs.values())) for outputs, _ in sets],
     }
     return Case("hand_off", f"{model}, batch {batch}, {len(shapes)} taps", moved, ways)
 

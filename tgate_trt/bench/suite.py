@@ -1,4 +1,4 @@
-"""The measurements of ``tgate-bench``, each one call that gives records: the last holds all, and those before it what there was so far."""
+"""The measurements of ``tgate-bench``: each function yields records, of which each holds the results so far and the last holds all."""
 
 from __future__ import annotations
 
