@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _INTERVAL = 0.05
 """Seconds between two looks at a build's memory, which take a share of the machine that builds."""
 
+_ERROR = "error: "
+"""Begins the sentence of a command that fails on its user's input."""
 _DONE = re.compile(r"(?P<stage>.+) done in (?P<seconds>[\d.]+) s")
 
 
@@ -117,7 +119,8 @@ def _build(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
         try:
             for line in process.stdout:
                 lines.append(line.strip())
-                logger.info("%s", lines[-1])
+                if not lines[-1].startswith(_ERROR):  # which is raised below
+                    logger.info("%s", lines[-1])
                 if stage := _DONE.fullmatch(lines[-1]):
                     peaks[stage["stage"]] = memory.end_stage()
         except BaseException:
@@ -125,7 +128,9 @@ def _build(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
             raise
     seconds = time.perf_counter() - start
     if process.returncode != 0:
-        raise BuildError(f"tgate-build {' '.join(arguments)} ended with exit code {process.returncode}: {(lines or ['no message'])[-1]}")
+        last = lines[-1] if lines else "no message"
+        ended = f"tgate-build {' '.join(arguments)} ended with exit code {process.returncode}: {last}; run it alone to see more"
+        raise BuildError(last.removeprefix(_ERROR) if last.startswith(_ERROR) else ended)
     return {
         "arguments": ["tgate-build", *arguments],
         "seconds": seconds,

@@ -13,8 +13,8 @@ from tgate_trt.cli.common import Verbose, application, command_line, console, re
 
 app = application()
 
-_WIDTH = 160
-"""Characters of the widest table."""
+_WIDTH = 220
+"""Characters that the widest table takes."""
 _QUALITY = "Quality"
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the record, with all samples, to this file.")]

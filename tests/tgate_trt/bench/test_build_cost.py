@@ -14,7 +14,7 @@ from tgate_trt.bench import build_cost, report
 from tgate_trt.bench.memory import Memory
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import STAMPS
-from tgate_trt.errors import InputError
+from tgate_trt.errors import BuildError, InputError
 
 
 def test_stages_are_read_from_the_log() -> None:
@@ -49,6 +49,13 @@ def test_a_build_is_measured(tiny_sd_configs: Path, tmp_path: Path) -> None:
 def test_a_precision_that_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--precision must be one of fp32, fp16, bf16, got 'fp3'"):
         build_cost.measure("sdxl", "fp3", tmp_path / "bundle", build_cost.Engines())
+
+
+def test_a_build_that_fails_gives_its_own_sentence_once(tiny_sd_configs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(BuildError, match=r"^the height must be a multiple of 8"):
+        build_cost.measure(str(tiny_sd_configs), "fp32", tmp_path / "bundle", build_cost.Engines(), size=100)
+    assert "multiple of 8" not in caplog.text
 
 
 def test_the_memory_of_descendants_counts() -> None:
