@@ -88,8 +88,10 @@ bench-demo: $(READY)
 	$(BIN)/tgate-bench kernels bundles/bench-shapes $(call results,kernels)
 	$(BIN)/tgate-bench probe $(call results,probe)
 
+# `tgate-bench growth` would continue from the file of its last run: without it, all is measured anew.
 bench-models: $(READY)
 	$(BIN)/tgate-bench macs $(call results,macs)
+	rm -f $(RESULTS)/growth.json
 	$(BIN)/tgate-bench growth $(call results,growth) --plot $(RESULTS)/growth.png
 
 bench-sd15: $(READY)

@@ -38,14 +38,14 @@ DEFINITIONS = {
     "accuracy": "share of pictures that show every attribute of their caption, with Wilson's 95 % interval",
     "low, high": "95 % interval of the mean over pictures",
 }
-"""What the entries of a record's results are."""
+"""Definitions of the entries of a record's results."""
 
 
 def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts that were asked for.
+    """Check the names of parts, and return them.
 
     Raises:
-        InputError: if there is none, or one that is unknown.
+        InputError: if there are none, or one is unknown.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
@@ -65,10 +65,10 @@ def analyze(
     """Analyse a model over the steps of its pictures.
 
     Args:
-        model: folder of a bundle; or any model that `tgate_trt.build` takes, of which a bundle is built at its default place.
+        model: folder of a bundle; or any model that `tgate_trt.build` takes, from which a bundle is built in its default folder.
         sampling: how pictures are drawn.
         command: the command line, for the record.
-        parts: of `PARTS`.
+        parts: parts of the analysis, from `PARTS`.
         backend: engines that draw; see `tgate_trt.load`. Convergence is measured in eager PyTorch.
         random_weights: whether to fill a named architecture with seeded random weights.
 
@@ -102,21 +102,21 @@ def analyze(
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Where the results of an analysis are written; None means nowhere."""
+    """The files to which an analysis is written; None for those that are not wanted."""
 
     folder: Path | None = None
-    """Folder of ``analysis-<model>.json`` and ``analysis-<model>.png``."""
+    """Folder for ``analysis-<model>.json`` and ``analysis-<model>.png``."""
     json: Path | None = None
-    """File of the record, instead of that one."""
+    """File for the record, instead of that one."""
     plot: Path | None = None
-    """File of the figure, instead of that one."""
+    """File for the figure, instead of that one."""
 
     def check(self) -> None:
         """Check before the work that the files can be written.
 
         Raises:
             InputError: if one cannot.
-            UnsupportedError: if there is to be a figure and matplotlib is not installed.
+            UnsupportedError: if a figure is wanted and matplotlib is not installed.
         """
         if self.folder is not None or self.plot is not None:
             check_available(self.plot)
@@ -142,7 +142,7 @@ class Files:
 
 
 def open_bundle(model: str | os.PathLike[str], backend: str | None, *, random_weights: bool) -> Bundle:
-    """The bundle in a folder, or one that is built.
+    """Open the bundle in a folder, or build one.
 
     Raises:
         InputError: if there is no such model.
@@ -175,18 +175,18 @@ def _to_json(entries: Mapping[str, Convergence | Series]) -> dict[str, Any]:
 
 
 def _progress(what: str, total: int) -> Callable[[], None]:
-    """Tells the log of each of so many things that it is done."""
+    """Return a function to call for each of ``total`` things that is done; it logs the fraction."""
     done = 0
     logger.info("%s …", what)
 
-    def tell() -> None:
+    def advance() -> None:
         nonlocal done
         done += 1
         logger.info("%s", what, extra={"progress": done / total})
         if done == total:
             logger.info("%s: done", what)
 
-    return tell
+    return advance
 
 
 def _settings(subject: Subject, parts: tuple[str, ...]) -> dict[str, Any]:

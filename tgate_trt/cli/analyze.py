@@ -48,7 +48,7 @@ def analyze(
     For example: `tgate-analyze bundles/shapes-64x64-fp32`
     """
     with reporting(verbose):
-        from tgate_trt.analysis.study import Files, analyze
+        from tgate_trt.analysis.study import Files, analyze, check_parts
         from tgate_trt.analysis.subject import Sampling, read_prompts
 
         sampling = Sampling(
@@ -59,7 +59,7 @@ def analyze(
             guidance_scale=guidance_scale,
             scheduler=scheduler,
         )
-        parts = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip()))
+        parts = check_parts(tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip())))
         files = Files(None if json_file or plot else output, json_file, plot)
         files.check()
         record = analyze(
