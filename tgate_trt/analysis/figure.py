@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ Curve = Mapping[str, Sequence[float]]
 """``mean``, and the 95 % interval from ``low`` to ``high``, point by point."""
 Panel = Callable[[Any, Record], None]
 """Draws on one pair of axes."""
+Draw = Callable[[Any, Mapping[str, Any], str, str], str]
+"""Draws one measure of a series of pictures, with a label and a colour, and gives the measure's name."""
 
 _KINDS = {CROSS_ATTENTION: ("cross-attention", BLUE), SELF_ATTENTION: ("self-attention", ORANGE)}
 _ORDERS = {TEXT_FIRST: ("$S^F$: text, then null prompt", BLUE), TEXT_LAST: ("$S^L$: null prompt, then text", VERMILION)}
@@ -26,9 +29,7 @@ _COLUMNS = 12
 """Columns of the grid: a row divides them among its 1 to 4 plots."""
 _GATE = "gate"
 """Group id of the lines that mark a gate."""
-
-_DISTANCE = "perceptual distance to vanilla"
-_RIGHT = "pictures with every attribute right"
+_RELATIVE = r"$D_t\,/\,\Vert C_t\Vert_2$"
 
 
 def save(record: Record, path: Path) -> None:
@@ -58,33 +59,25 @@ def _attention(record: Record) -> list[tuple[str, Panel]]:
     if not record["results"]["convergence"]:
         return []
     return [
-        ("Change of attention from step to step", _absolute),
-        ("Relative to attention itself", _relative),
+        ("Change of attention from step to step", partial(_all_layers, measure="absolute", up=r"$D_t=\Vert C_t-C_{t+1}\Vert_2$")),
+        ("Relative to attention itself", partial(_all_layers, measure="relative", up=_RELATIVE)),
         ("Cross-attention by layers", _groups),
     ]
 
 
 def _pictures(record: Record) -> list[tuple[str, Panel]]:
-    """Title and content of each plot of pictures, if they were measured."""
+    """Title and content of each plot of pictures, if they were measured: meaning, where it can be read, and distance to vanilla."""
     null_text, gate = record["results"]["null_text"], record["results"]["gate"]
     panels: list[tuple[str, Panel]] = []
     if null_text:
         if null_text[TEXT_FIRST]["accuracy"]:
-            panels.append(("Null-text swap: meaning", _null_text_accuracy))
-        panels.append(("Null-text swap: distance to vanilla", _null_text_distance))
+            panels.append(("Null-text swap: meaning", partial(_null_text, draw=_accuracy)))
+        panels.append(("Null-text swap: distance to vanilla", partial(_null_text, draw=_distance)))
     if gate:
         if gate["accuracy"]:
-            panels.append(("T-GATE: meaning", _gate_accuracy))
-        panels.append(("T-GATE: distance to vanilla", _gate_distance))
+            panels.append(("T-GATE: meaning", partial(_gate, draw=_accuracy)))
+        panels.append(("T-GATE: distance to vanilla", partial(_gate, draw=_distance)))
     return panels
-
-
-def _absolute(axes: Any, record: Record) -> None:
-    _all_layers(axes, record, "absolute", r"$D_t=\Vert C_t-C_{t+1}\Vert_2$")
-
-
-def _relative(axes: Any, record: Record) -> None:
-    _all_layers(axes, record, "relative", r"$D_t\,/\,\Vert C_t\Vert_2$")
 
 
 def _all_layers(axes: Any, record: Record, measure: str, up: str) -> None:
@@ -99,7 +92,7 @@ def _groups(axes: Any, record: Record) -> None:
     for name, (colour, line) in _looks([name for name in groups if name != ALL_LAYERS]).items():
         mean = groups[name]["relative"]["mean"]
         axes.plot(_from_one(mean), mean, color=colour, linestyle=line, label=name, linewidth=1.4)
-    _finish(axes, record, "step $t$", r"$D_t\,/\,\Vert C_t\Vert_2$", ncols=3, room=True)
+    _finish(axes, record, "step $t$", _RELATIVE, ncols=3, room=True)
 
 
 def _from_one(values: Sequence[float]) -> range:
@@ -116,32 +109,22 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[Any, str]]:
     return {name: (colours[hue], _SIDES.get(side, "-")) for name, (side, hue) in split.items()}
 
 
-def _null_text_accuracy(axes: Any, record: Record) -> None:
+def _null_text(axes: Any, record: Record, draw: Draw) -> None:
     for order, series in record["results"]["null_text"].items():
-        _accuracy(axes, series, *_ORDERS[order])
-    _finish(axes, record, "$m$, steps", _RIGHT, room=True)
+        up = draw(axes, series, *_ORDERS[order])
+    _finish(axes, record, "$m$, steps", up, room=True)
 
 
-def _null_text_distance(axes: Any, record: Record) -> None:
-    for order, series in record["results"]["null_text"].items():
-        _curve(axes, series["at"], series["distance"], *_ORDERS[order])
-    _finish(axes, record, "$m$, steps", _DISTANCE, room=True)
-
-
-def _gate_accuracy(axes: Any, record: Record) -> None:
+def _gate(axes: Any, record: Record, draw: Draw) -> None:
     gate = record["results"]["gate"]
-    _accuracy(axes, gate, "T-GATE", GREEN)
-    axes.axhline(gate["accuracy"][-1]["fraction"], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)), label="vanilla")
-    _finish(axes, record, "gate step $g$", _RIGHT)
+    up = draw(axes, gate, "T-GATE", GREEN)
+    if draw is _accuracy:
+        axes.axhline(gate["accuracy"][-1]["fraction"], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)), label="vanilla")
+    _finish(axes, record, "gate step $g$", up)
 
 
-def _gate_distance(axes: Any, record: Record) -> None:
-    gate = record["results"]["gate"]
-    _curve(axes, gate["at"], gate["distance"], "T-GATE", GREEN)
-    _finish(axes, record, "gate step $g$", _DISTANCE)
-
-
-def _accuracy(axes: Any, series: Mapping[str, Any], label: str, colour: Any) -> None:
+def _accuracy(axes: Any, series: Mapping[str, Any], label: str, colour: str) -> str:
+    """Draw the share of right pictures, and name it."""
     from matplotlib.ticker import PercentFormatter
 
     shares = series["accuracy"]
@@ -150,6 +133,13 @@ def _accuracy(axes: Any, series: Mapping[str, Any], label: str, colour: Any) -> 
     axes.set_ylim(top=1.04)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return "pictures with every attribute right"
+
+
+def _distance(axes: Any, series: Mapping[str, Any], label: str, colour: str) -> str:
+    """Draw the distance to vanilla, and name it."""
+    _curve(axes, series["at"], series["distance"], label, colour)
+    return "perceptual distance to vanilla"
 
 
 def _curve(axes: Any, at: Sequence[int], curve: Curve, label: str, colour: Any) -> None:

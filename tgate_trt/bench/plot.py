@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,66 +96,51 @@ def _of_distance(row: Mapping[str, Any]) -> tuple[float, float, float]:
     return (distance["value"], distance["low"], distance["high"]) if distance else (0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True)
-class _Line:
-    label: str
-    value: Callable[[Mapping[str, Any]], float]
-    """Reads the shown value from the measurements of a model."""
-    colour: str
-    """The same for the same subject in every panel."""
-    style: str = "o-"
-
-
-def _time_of(graph: str, clock: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda one: float(one["steps"][graph][clock]["median"])
-
-
-def _memory_of(graph: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda one: float(one["steps"][graph]["memory"]["peak_anonymous"] / 1e9)
-
-
-_COLOURS = {"vanilla": BLUE, "planning": ORANGE, "fidelity": GREEN}
-
-_PANELS: Mapping[str, tuple[_Line, ...]] = {
-    "Build time, s": (
-        _Line("elapsed", lambda one: float(one["build"]["seconds"]), VERMILION),
-        _Line("processor time", lambda one: float(one["build"]["cpu_seconds"]), VERMILION, "o:"),
-    ),
-    "Peak anonymous memory, GB": (
-        _Line("build", lambda one: float(one["build"]["memory"]["peak_anonymous"] / 1e9), VERMILION),
-        *(_Line(f"{graph} step", _memory_of(graph), _COLOURS[graph]) for graph in ("vanilla", "fidelity")),
-        _Line("denoiser's weights", lambda one: float(one["build"]["disk"]["denoiser_weights"] / 1e9), GRAY, "-"),
-    ),
-    "Time of a step, s": (
-        *(_Line(graph, _time_of(graph, "seconds"), _COLOURS[graph]) for graph in growth.GRAPHS),
-        *(_Line(f"{graph}, processor time", _time_of(graph, "cpu_seconds"), _COLOURS[graph], "o:") for graph in ("vanilla", "fidelity")),
-    ),
-}
+_COLOURS = {"vanilla": BLUE, "planning": ORANGE, "fidelity": GREEN, "weights": GRAY}
+"""Of lines that begin with the name; all others are of a build."""
 
 
 def _growth(record: Record, path: Path) -> None:
     """Build time, memory and step time over parameters, all logarithmic, a panel each."""
-    found = growth.by_parameters(record["results"])
-    if not found:
+    models = growth.by_parameters(record["results"])
+    if not models:
         raise InputError("nothing was measured, so there is nothing to draw; name a model")
+    panels = [_panels(one) for _, one in models]
+    millions = [one["parameters"] / 1e6 for _, one in models]
     with drawing(path, 12, 4.2) as figure:
-        for axes, (title, lines) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
-            _over_parameters(axes, title, found, lines)
-        sizes = ", ".join(f"{name} {one['size']}²" for name, one in found)
+        for axes, (title, lines) in zip(figure.subplots(1, len(panels[0])), panels[0].items(), strict=True):
+            axes.set_title(title)
+            _over_parameters(axes, millions, {label: [each[title][label] for each in panels] for label in lines})
+        sizes = ", ".join(f"{name} {one['size']}²" for name, one in models)
         figure.supxlabel(f"parameters of the denoiser, in millions (pictures: {sizes})", fontsize=10)
 
 
-def _over_parameters(axes: Any, title: str, found: Sequence[tuple[str, Mapping[str, Any]]], lines: Sequence[_Line]) -> None:
-    """One panel, with plain numbers on its axes."""
+def _panels(one: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The values of a model, by title of the panel and label of the line."""
+    build, steps = one["build"], one["steps"]
+    return {
+        "Build time, s": {"elapsed": build["seconds"], "processor time": build["cpu_seconds"]},
+        "Peak anonymous memory, GB": {
+            "build": build["memory"]["peak_anonymous"] / 1e9,
+            **{f"{graph} step": steps[graph]["memory"]["peak_anonymous"] / 1e9 for graph in ("vanilla", "fidelity")},
+            "weights of the denoiser": build["disk"]["denoiser_weights"] / 1e9,
+        },
+        "Time of a step, s": {
+            **{graph: steps[graph]["seconds"]["median"] for graph in growth.GRAPHS},
+            **{f"{graph}, processor time": steps[graph]["cpu_seconds"]["median"] for graph in ("vanilla", "fidelity")},
+        },
+    }
+
+
+def _over_parameters(axes: Any, millions: Sequence[float], lines: Mapping[str, Sequence[float]]) -> None:
+    """One panel, with plain numbers on its axes; processor time is dotted."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    millions = [one["parameters"] / 1e6 for _, one in found]
-    for line in lines:
-        values = [line.value(one) for _, one in found]
-        axes.loglog(millions, values, line.style, color=line.colour, label=line.label, markersize=4, linewidth=1)
+    for label, values in lines.items():
+        colour = next((colour for name, colour in _COLOURS.items() if label.startswith(name)), VERMILION)
+        axes.loglog(millions, values, "o:" if "processor" in label else "o-", color=colour, label=label, markersize=4, linewidth=1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title(title)
     axes.legend()
