@@ -282,6 +282,8 @@ def _machine(record: Mapping[str, Any]) -> Iterator[str]:
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ", no GPU"
     yield f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB{gpu};"
     yield f"PyTorch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, diffusers {versions['diffusers']}."
+    if not machine["system"].startswith("Linux"):
+        yield "This system does not count anonymous memory: all resident memory stands in its place."
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:
