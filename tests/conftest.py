@@ -18,7 +18,7 @@ import pytest
 import tqdm
 from hypothesis import core
 
-from .process_state import ProcessState
+from .process_state import ProcessState, wait_for_threads
 
 CACHES = {
     "XDG_CACHE_HOME": "",  # tgate_trt's compiled kernels, ONNX Runtime, PyTorch, pip
@@ -240,6 +240,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def leaves_the_process_as_it_was() -> Iterator[None]:
     before = ProcessState.now()
     yield
+    wait_for_threads(before)
     changes = ProcessState.now().changes_since(before)
     if changes:
         pytest.fail("the process was left changed:\n" + "\n".join(changes), pytrace=False)
