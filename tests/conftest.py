@@ -20,7 +20,7 @@ from hypothesis import core
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from .process_state import ProcessState
+from .process_state import ProcessState, wait_for_threads
 
 Run = Callable[..., Result]
 """Runs a command: takes its application and its arguments."""
@@ -245,6 +245,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def leaves_the_process_as_it_was() -> Iterator[None]:
     before = ProcessState.now()
     yield
+    wait_for_threads(before)
     changes = ProcessState.now().changes_since(before)
     if changes:
         pytest.fail("the process was left changed:\n" + "\n".join(changes), pytrace=False)

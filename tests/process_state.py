@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import reprlib
@@ -59,6 +60,15 @@ class ProcessState:
         return sorted(found)
 
 
+def wait_for_threads(before: ProcessState, seconds: float = 10) -> None:
+    """Give new threads time to end: those of a pool may do so after the work is done, when the pool is collected."""
+    new = [thread for thread in threading.enumerate() if thread.ident not in before.values.values()]
+    if new:
+        gc.collect()
+    for thread in new:
+        thread.join(seconds)
+
+
 @contextlib.contextmanager
 def restored(*packages: str) -> Iterator[None]:
     """Undo at the end whatever became of the attributes of packages' modules and classes.
@@ -100,7 +110,7 @@ def _name(owner: Any) -> str:
 def _values() -> dict[str, Any]:
     values: dict[str, Any] = {f"os.environ[{name!r}]": value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)}
     values["working directory"] = os.getcwd()  # noqa: PTH109 - pathlib's calls this
-    values["sys.path"] = tuple(sys.path)
+    values["sys.path"] = tuple(path for path in sys.path if not path.endswith("_vendor"))  # setuptools adds its own when it is imported
     values["sys.argv"] = tuple(sys.argv)
     values |= {f"handler of {number.name}": signal.getsignal(number) for number in signal.Signals}
     values |= {f"thread {thread.name}": thread.ident for thread in threading.enumerate()}

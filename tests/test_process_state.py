@@ -20,7 +20,7 @@ import torch
 
 import tgate_trt.errors
 
-from .process_state import ProcessState, restored
+from .process_state import ProcessState, restored, wait_for_threads
 
 TESTS = Path(__file__).parent
 
@@ -88,6 +88,13 @@ def test_a_change_is_named(change: AbstractContextManager[Any], named: str) -> N
     with change:
         (found,) = ProcessState.now().changes_since(before)
     assert found.startswith(named)
+    assert ProcessState.now().changes_since(before) == []
+
+
+def test_a_thread_that_is_about_to_end_is_no_change() -> None:
+    before = ProcessState.now()
+    threading.Timer(0.2, int).start()
+    wait_for_threads(before)
     assert ProcessState.now().changes_since(before) == []
 
 
