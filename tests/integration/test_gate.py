@@ -109,7 +109,9 @@ class CrossAttentions:
 
 
 @torch.no_grad()
-def reference(pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int = 0, reuse: bool = True) -> Tensor:
+def reference(
+    pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int = 0, reuse: bool = True, unguided_from: int | None = None
+) -> Tensor:
     """Latents of an eager pipeline, gated by hand.
 
     Args:
@@ -118,6 +120,7 @@ def reference(pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int 
         gate_step: steps with cross-attention and guidance; all of them if None.
         kept_half: of the conditioning after the gate: 0 for the negative half, 1 for the positive.
         reuse: whether cross-attention is reused after the gate, or only guidance dropped.
+        unguided_from: step from which the pipeline goes on without guidance, with the positive half; never if None.
     """
     guided = run.guidance_scale > 1
     halves = conditions_of(pipeline, run, guided=guided)
@@ -142,6 +145,9 @@ def reference(pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int 
             planning = gate_step is None or step < gate_step
             if not planning and reuse and not crossed.kept:
                 crossed.keep(guided=guided)
+            if guided and step == unguided_from:
+                guided, halves = False, halves[1:]
+                both = halves[0]
             sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided and planning else latents, t)
             conditions = both if planning else halves[kept_half if guided else 0]
             prediction = predict(pipeline.unet, sample, t, conditions)
@@ -436,12 +442,39 @@ def test_a_run_within_a_run_is_an_error_of_the_outer(nested_at: int, inner_steps
     assert all(is_same(drawn, alone) for drawn in inner)
 
 
-def test_a_batch_that_changes_within_a_run_is_refused(gated_sd: Any) -> None:
-    from diffusers.callbacks import SDCFGCutoffCallback
+def cutoff_of(model: str, step: int) -> Any:
+    """Diffusers' callback that ends guidance after a step."""
+    from diffusers import callbacks
 
-    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    with pytest.raises(GateError, match="from 2 rows to 1"):
-        draw(gated_sd, callback_on_step_end=cutoff)
+    kind = {"sd": callbacks.SDCFGCutoffCallback, "sdxl": callbacks.SDXLCFGCutoffCallback}[model]
+    return kind(cutoff_step_ratio=None, cutoff_step_index=step)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_callback_may_end_guidance_within_a_run(after: int, model: str, gated: Any, eager: Any) -> None:
+    """Before the gate at step 2, at it, and after it; the run goes on with the half that the pipeline kept."""
+    drawn = draw(gated, callback_on_step_end=cutoff_of(model, after))
+    expected = reference(eager, Run(), 2, unguided_from=after + 1)
+    assert_equal(drawn, expected)
+    if after == 0 or model == "sdxl":  # SD's fidelity graph takes no condition of either half
+        assert differ(expected, reference(eager, Run(), 2))
+    assert_equal(draw(gated), reference(eager, Run(), 2))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_callback_may_set_the_guidance_scale_to_1(after: int, gated: Any, eager: Any) -> None:
+    def set_scale(pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == after:
+            pipeline._guidance_scale = 1.0
+        return values
+
+    assert_equal(draw(gated, Run(TWO), callback_on_step_end=set_scale), reference(eager, Run(TWO), 2, unguided_from=after + 1))
+
+
+def test_a_batch_that_changes_within_a_run_is_refused(gated_sd: Any) -> None:
+    """Diffusers' callback keeps one prompt of two, with which no UNet can go on."""
+    with pytest.raises(GateError, match="'encoder_hidden_states' has 1 rows in a batch of 2"):
+        draw(gated_sd, Run(TWO), callback_on_step_end=cutoff_of("sd", 0))
 
 
 def test_more_calls_than_a_run_has_are_refused(gated_sd: Any) -> None:

@@ -9,9 +9,11 @@ the other modes.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
+from tgate_trt.gate.caller import calling_pipeline, is_executing, is_of_this_thread
 from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
 from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.specs import ROWS, TensorSpec
@@ -33,6 +36,8 @@ _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
 class _Run:
     """The state of one denoising run, dropped when it ends."""
 
+    pipeline: weakref.ref[Any]
+    """Whose run it is."""
     timesteps: Tensor
     """The scheduler's own tensor; another object there means that another run has begun."""
     schedule: GateSchedule
@@ -40,10 +45,14 @@ class _Run:
     guided: bool
     rows: int
     """Rows of each call: two an image under guidance."""
+    frame: FrameType | None
+    """Of the pipeline's method, until the last call."""
     first: int | None
     """Index of the first call's timestep in the scheduler's tensor, or None for a copy."""
     calls: int = 0
     """Calls made so far."""
+    lost_guidance: bool = False
+    """Whether the pipeline dropped guidance within the run."""
     has_cache: bool = False
     """Whether this run has made its hand-off; before that the buffers hold another run's caches."""
 
@@ -104,6 +113,9 @@ class GatedDenoiser(nn.Module):
         self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
         self._cache_inputs = fidelity.spec.cache_inputs
         self._run: _Run | None = None
+        self._displaced: list[FrameType] = []
+        """Pipelines' methods whose runs another run began within."""
+        self._lock = threading.Lock()
         self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._hand_offs: dict[tuple[int, int, AfterGate], HandOff] = {}
 
@@ -170,12 +182,14 @@ class GatedDenoiser(nn.Module):
         tensors = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
         tensors |= added_cond_kwargs or {}
         self._refuse_unknown(tensors, others)
-        run = self._advance(sample, timestep)
-        tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
-            torch.as_tensor(timestep)
-        )
-        call = run.calls - 1
-        prediction = self._run_planning(run, call, tensors) if run.schedule.is_planning(call) else self._run_fidelity(run, call, tensors)
+        with self._lock, torch.no_grad():
+            run = self._advance(sample, timestep)
+            tensors = {name: _rows_of(run, name, tensor) for name, tensor in tensors.items()}
+            tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
+                torch.as_tensor(timestep)
+            )
+            call = run.calls - 1
+            prediction = (self._run_planning if run.schedule.is_planning(call) else self._run_fidelity)(run, call, tensors)
         if not return_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -205,16 +219,13 @@ class GatedDenoiser(nn.Module):
 
     def _advance(self, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         """Count this call, and return the run that it belongs to."""
-        pipeline = self._pipeline()
-        if pipeline is None:
-            raise GateError("the pipeline of this denoiser no longer exists; apply the bundle to the pipeline that you use")
+        pipeline, frame = self._caller(timestep)
         timesteps = pipeline.scheduler.timesteps
         place = _place(timesteps, timestep)
-        if self._run is None or self._run.timesteps is not timesteps:
-            if self._run is not None and _place(self._run.timesteps, timestep) is not None:
-                raise GateError("scheduler.set_timesteps was called within a run; run one after the other")
-            self._run = self._begin(pipeline, sample, timestep)
         run = self._run
+        if run is None or run.pipeline() is not pipeline or run.timesteps is not timesteps:
+            self._refuse_a_run_within_a_run(frame, timestep)
+            run = self._run = self._begin(pipeline, frame, sample, timestep)
         if run.calls == run.schedule.calls:
             raise GateError(
                 f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps"
@@ -223,12 +234,51 @@ class GatedDenoiser(nn.Module):
             raise GateError(
                 "the timesteps of a run came out of order: another run began before this one had ended; run one after the other"
             )
+        if run.guided and sample.shape[0] == run.images and not self._is_guided(pipeline, sample):
+            run.rows, run.guided, run.lost_guidance = run.images, False, True
         if sample.shape[0] != run.rows:
             raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
         run.calls += 1
+        if run.calls == run.schedule.calls:
+            run.frame = None  # it holds all that the pipeline's method has in memory
         return run
 
-    def _begin(self, pipeline: Any, sample: Tensor, timestep: Tensor | float | int) -> _Run:
+    def _caller(self, timestep: Tensor | float | int) -> tuple[Any, FrameType | None]:
+        """The pipeline that calls and its method's frame; outside a pipeline, the one that this denoiser was made for and None.
+
+        Raises:
+            GateError: if the call comes from no pipeline, and its timestep is not of that one's scheduler.
+        """
+        found = calling_pipeline(self)
+        if found is not None:
+            return found
+        pipeline = self._pipeline()
+        if pipeline is None or _place(pipeline.scheduler.timesteps, timestep) is None:
+            raise GateError(
+                "this call comes from no pipeline that has this denoiser, and its timestep is not of the scheduler of the pipeline "
+                "that the bundle was loaded for; call that pipeline, or take the timesteps from its scheduler"
+            )
+        return pipeline, None
+
+    def _refuse_a_run_within_a_run(self, frame: FrameType | None, timestep: Tensor | float | int) -> None:
+        """Refuse the first call of a run, or a call that goes on with a run whose caches another run took.
+
+        Raises:
+            GateError: if another thread is in the middle of a run, or this run was begun before the present one.
+        """
+        run = self._run
+        if any(frame is displaced for displaced in self._displaced) or (run is not None and _place(run.timesteps, timestep) is not None):
+            raise GateError("another run with this denoiser began within this one; run one after the other")
+        if run is None or run.frame is None or not is_executing(run.frame):
+            return
+        if not is_of_this_thread(run.frame):
+            raise GateError(
+                "another thread is in the middle of a run with this denoiser; run one after the other, or give each pipeline "
+                "a denoiser of its own by tgate_trt.load or tgate_trt.apply"
+            )
+        self._displaced = [*filter(is_executing, self._displaced), run.frame]
+
+    def _begin(self, pipeline: Any, frame: FrameType | None, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
         if guided and not _has_equal_halves(sample):
@@ -242,7 +292,7 @@ class GatedDenoiser(nn.Module):
             del self._hand_offs[sizes]
         timesteps = pipeline.scheduler.timesteps
         schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
-        return _Run(timesteps, schedule, after_gate, guided, rows, _place(timesteps, timestep))
+        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, _place(timesteps, timestep))
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
         """Whether the batch is ``[negative, positive]``: by ``guidance``, else by the pipeline, else by equal halves at the first call."""
@@ -311,10 +361,11 @@ class GatedDenoiser(nn.Module):
         """Buffers at addresses that stay from call to call and from run to run, so that engines bind them once."""
         key = (purpose, rows)
         if key not in self._memory:
-            self._memory[key] = {
-                tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
-                for tensor in tensors
-            }
+            with torch.inference_mode(False):  # a later run outside inference mode may write to them too
+                self._memory[key] = {
+                    tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
+                    for tensor in tensors
+                }
         return self._memory[key]
 
 
@@ -369,6 +420,19 @@ def _has_equal_halves(sample: Tensor) -> bool:
     """Whether the first half of the rows equals the second, as in a batch doubled for guidance."""
     rows = sample.shape[0]
     return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+
+
+def _rows_of(run: _Run, name: str, tensor: Any) -> Any:
+    """A condition with the run's rows: of one that still has both halves after guidance ended, the positive half.
+
+    Raises:
+        GateError: if it has another number of rows.
+    """
+    if not isinstance(tensor, Tensor) or tensor.shape[0] == run.rows:
+        return tensor
+    if run.lost_guidance and tensor.shape[0] == 2 * run.rows:
+        return tensor.chunk(2)[1]
+    raise GateError(f"{name!r} has {tensor.shape[0]} rows in a batch of {run.rows}; give one row for each row of the latents")
 
 
 def _own_inputs(engine: Engine) -> tuple[tuple[str, torch.dtype], ...]:
