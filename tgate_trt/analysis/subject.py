@@ -83,7 +83,7 @@ class Subject:
         self.pipeline: Any = load(bundle, backend=backend)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler = scheduler_of(self.pipeline, sampling.scheduler)
-        self.backend: str = self.denoiser.origin[1]
+        self.backend: str = self.denoiser.origin.backend
         self.batch_size = _batch_size(bundle, self.backend)
 
     @property

@@ -9,12 +9,13 @@ the other modes.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,38 @@ from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
 from tgate_trt.gate.caller import calling_pipeline, is_executing, is_of_this_thread
 from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
+from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.specs import ROWS, TensorSpec
 
+logger = logging.getLogger(__name__)
+
 _PREDICTION = "noise_pred"
 _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
+
+
+_READ = frozenset({"add_embedding", "num_parameters", "get_memory_footprint", "save_config"})
+"""Modules and methods of the replaced denoiser that pipelines read and that change nothing."""
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "set_attention_slice",
+        "set_use_memory_efficient_attention_xformers",
+        "enable_xformers_memory_efficient_attention",
+        "disable_xformers_memory_efficient_attention",
+        "set_default_attn_processor",
+        "set_attention_backend",
+        "reset_attention_backend",
+        "fuse_qkv_projections",
+        "unfuse_qkv_projections",
+        "enable_gradient_checkpointing",
+        "disable_gradient_checkpointing",
+        "disable_freeu",
+        "unload_lora",
+        "disable_lora",
+    }
+)
+"""Methods that leave a denoiser's output as it is, or undo what cannot be done here."""
 
 
 @dataclass
@@ -61,7 +89,7 @@ class _Run:
         return self.rows // 2 if self.guided else self.rows
 
 
-class GatedDenoiser(nn.Module):
+class GatedDenoiser(StandIn):
     """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
 
     Attributes that a pipeline reads (``config``, ``dtype``, ``add_embedding``) come from the module that this one replaces,
@@ -80,6 +108,7 @@ class GatedDenoiser(nn.Module):
         after_gate: str = DEFAULT_AFTER_GATE,
         low_memory: bool = False,
         origin: Any = None,
+        eager: Callable[[], nn.Module] | None = None,
     ) -> None:
         """Make a denoiser for one pipeline.
 
@@ -93,15 +122,14 @@ class GatedDenoiser(nn.Module):
             guidance: whether runs are guided; read from the pipeline if None.
             after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
             low_memory: whether to hold one engine at a time: each is loaded anew in every run.
-            origin: bundle and backend of the engines, where they are of one.
+            origin: where the engines come from, for whoever loaded them.
+            eager: gives the replaced module with its weights, to save it, if ``replaces`` is an architecture.
 
         Raises:
             InputError: if ``gate_step`` is impossible, or ``after_gate`` is no mode.
         """
-        super().__init__()
-        # Past nn.Module's registry: the pipeline would be a cycle, and the replaced module must not move with `.to()`.
-        object.__setattr__(self, "_pipeline", weakref.ref(pipeline))
-        object.__setattr__(self, "replaces", replaces)
+        super().__init__(replaces, eager)
+        self._pipeline = weakref.ref(pipeline)
         self.planning = planning
         self.fidelity = fidelity
         self.gate_step = gate_step
@@ -123,7 +151,26 @@ class GatedDenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(object.__getattribute__(self, "replaces"), name)
+            pass
+        value = getattr(self._orig_mod, name)
+        is_module = isinstance(value, nn.Module) or name == "attn_processors"
+        if name in _READ or not (callable(value) or is_module):
+            return value
+        if name in _WITHOUT_EFFECT:
+            return lambda *_, **__: logger.warning("%s has no effect on compiled engines", name)
+        return self._refuse_change(name) if is_module else lambda *_, **__: self._refuse_change(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__ and not hasattr(type(self), name) and hasattr(self.__dict__.get("replaces"), name):
+            self._refuse_change(name)
+        super().__setattr__(name, value)
+
+    def _refuse_change(self, name: str) -> NoReturn:
+        of_loras = "lora" in name or "adapter" in name
+        way = "put LoRAs in with tgate_trt.refit(pipeline, ['FILE.safetensors:0.8'])" if of_loras else "run this pipeline without tgate-trt"
+        raise UnsupportedError(
+            f"{name!r} can change a {type(self._orig_mod).__name__}, which does not run here: compiled engines stand in its place; {way}"
+        )
 
     @property
     def gate_step(self) -> GateStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
@@ -13,7 +14,7 @@ from tgate_trt.bundle.backends import choose_backend, has_engine
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
-from tgate_trt.eager import torch_dtype
+from tgate_trt.eager import is_architecture, torch_dtype
 from tgate_trt.errors import InputError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import opened_file
@@ -22,7 +23,7 @@ from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, GateStep
 from tgate_trt.models.lora import LoraFile, parameter_names
 from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
-from tgate_trt.running.loading import EngineLoader, best_device
+from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
 
 
 class LoadOptions(TypedDict, total=False):
@@ -52,6 +53,16 @@ class LoadOptions(TypedDict, total=False):
     """When TensorRT-RTX compiles kernels for a shape: ``"lazy"``, in the background, the default; ``"eager"``; ``"none"``."""
     torch_compile: bool
     """Whether PyTorch's engines run `torch.compile`'s code; it takes minutes at the first call."""
+
+
+@dataclasses.dataclass
+class Origin:
+    """Where the engines of a pipeline's denoiser come from."""
+
+    bundle: Bundle
+    backend: str
+    loras: BundleLoras
+    """That their weights have now."""
 
 
 def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]) -> Any:
@@ -115,7 +126,7 @@ def remove(pipeline: Any) -> Any:
         InputError: if the pipeline has none of our denoisers, or `load` made it, so that there is none to put back.
     """
     gated = _gated(pipeline)
-    if any(parameter.is_meta for parameter in gated.replaces.parameters()):
+    if is_architecture(gated.replaces):
         raise InputError("this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers")
     if gated.serves(pipeline):
         gated.close()
@@ -144,12 +155,13 @@ def refit(target: str | os.PathLike[str] | Bundle | Any, lora: Sequence[str | Lo
     if isinstance(target, str | os.PathLike | Bundle):
         return refit_bundle(target if isinstance(target, Bundle) else Bundle.open(target), files)
     gated = _gated(target)
-    bundle, backend = gated.origin
-    loras = BundleLoras.read(bundle, files)
-    loras.refuse_what_cannot_be_refitted(backend)
-    weights = loras.weights(bundle.manifest.model.attribute)
+    origin: Origin = gated.origin
+    loras = BundleLoras.read(origin.bundle, files)
+    loras.refuse_what_cannot_be_refitted(origin.backend)
+    weights = loras.weights(origin.bundle.manifest.model.attribute)
     for engine in (gated.planning, gated.fidelity):
         engine.replace_weights(weights)
+    origin.loras = loras
     _refit_components(target, loras, with_engines=True)
     return target
 
@@ -204,6 +216,7 @@ def component_graphs(loader: EngineLoader) -> list[str]:
 
 def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: LoadOptions) -> None:
     """Load the denoiser's engines and put them into a pipeline."""
+    origin = Origin(loader.bundle, loader.backend, loader.loras)
     manifest, low_memory = loader.bundle.manifest, options.get("low_memory", False)
     planning = loader.load("planning")
     if low_memory:
@@ -217,7 +230,8 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         guidance=options.get("guidance"),
         after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
         low_memory=low_memory,
-        origin=(loader.bundle, loader.backend),
+        origin=origin,
+        eager=(lambda: eager_denoiser(origin.loras, replaces.dtype)) if is_architecture(replaces) else None,
     )
     setattr(pipeline, manifest.model.attribute, gated)
 
