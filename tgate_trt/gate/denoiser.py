@@ -107,6 +107,7 @@ class GatedDenoiser(StandIn):
         guidance: bool | None = None,
         after_gate: str = DEFAULT_AFTER_GATE,
         low_memory: bool = False,
+        picture: tuple[int, int] | None = None,
         origin: Any = None,
         eager: Callable[[], nn.Module] | None = None,
     ) -> None:
@@ -122,6 +123,7 @@ class GatedDenoiser(StandIn):
             guidance: whether runs are guided; read from the pipeline if None.
             after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
             low_memory: whether to hold one engine at a time: each is loaded anew in every run.
+            picture: height and width in pixels of the pictures that the engines draw, for errors; those of the latents if None.
             origin: where the engines come from, for whoever loaded them.
             eager: gives the replaced module with its weights, to save it, if ``replaces`` is an architecture.
 
@@ -136,6 +138,9 @@ class GatedDenoiser(StandIn):
         self.guidance = guidance
         self.after_gate = after_gate
         self.origin = origin
+        sample = next(tensor for tensor in planning.spec.inputs if tensor.name == "sample")
+        self._latents: tuple[Any, ...] = sample.shape[2:]
+        self._picture = picture or self._latents
         self._low_memory = low_memory and planning is not fidelity
         self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
         self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
@@ -231,6 +236,8 @@ class GatedDenoiser(StandIn):
         self._refuse_unknown(tensors, others)
         with self._lock, torch.no_grad():
             run = self._advance(sample, timestep)
+            if run.calls == 1:
+                self._refuse_sizes(run, sample, encoder_hidden_states)
             tensors = {name: _rows_of(run, name, tensor) for name, tensor in tensors.items()}
             tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
                 torch.as_tensor(timestep)
@@ -263,6 +270,30 @@ class GatedDenoiser(StandIn):
         text = tensors["encoder_hidden_states"]
         if not isinstance(text, Tensor):
             raise UnsupportedError(f"encoder_hidden_states must be one tensor, got {type(text).__name__}; IP-Adapter is not supported")
+
+    def _refuse_sizes(self, run: _Run, sample: Tensor, text: Any) -> None:
+        """Refuse a run of pictures, prompts or batches of other sizes than the engines', before its first step.
+
+        Raises:
+            GateError: with the sizes of the bundle and of the call.
+        """
+        if tuple(sample.shape[2:]) != self._latents:
+            pixels = self._picture[0] // self._latents[0]
+            height, width = (side * pixels for side in sample.shape[2:])
+            raise GateError(
+                f"this bundle draws pictures of {self._picture[1]}×{self._picture[0]} pixels, and the call asks for {width}×{height}; "
+                f"pass height={self._picture[0]} and width={self._picture[1]}, or build a bundle of that size"
+            )
+        tokens = next((tensor.shape[1] for tensor in self.planning.spec.inputs if tensor.name == "encoder_hidden_states"), text.shape[1])
+        if text.shape[1] != tokens:
+            raise GateError(f"this bundle takes prompts of {tokens} tokens, and the call gives {text.shape[1]}; shorten the prompt")
+        planning, fidelity = (engine.spec.dimensions[ROWS] for engine in (self.planning, self.fidelity))
+        most = min(planning.maximum // (2 if run.guided else 1), fidelity.maximum)
+        if not fidelity.minimum <= run.images <= most:
+            raise GateError(
+                f"this bundle draws {fidelity.minimum} to {most} images in one run, and the call asks for {run.images}; "
+                "draw them in several runs, or build a bundle with another --batch-size"
+            )
 
     def _advance(self, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         """Count this call, and return the run that it belongs to."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tgate_trt.bundle.components import TEXT_ENCODERS, VAE_DECODER, Component, components_of
 from tgate_trt.eager import is_architecture, torch_dtype
 from tgate_trt.engines.base import Engine
-from tgate_trt.errors import UnsupportedError
+from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import parameter_names
@@ -82,7 +82,12 @@ class Compiled(StandIn):
         """Run the engine on its one input, and return copies of its outputs in the component's dtype."""
         (takes,) = self.engine.spec.inputs
         value = tensor.to(self.engine.device, torch_dtype(takes.dtype)).contiguous()
-        rows = value.shape[0]
+        rows, images = value.shape[0], self.engine.spec.dimensions[ROWS]
+        if rows not in images:
+            raise GateError(
+                f"this bundle's {self.engine.spec.name} takes {images.minimum} to {images.maximum} prompts or pictures at a time, "
+                f"got {rows}; draw in several runs, or build a bundle with another --batch-size"
+            )
         if rows not in self._memory:
             self._memory = {
                 rows: {

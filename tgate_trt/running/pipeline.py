@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
@@ -21,6 +23,7 @@ from tgate_trt.files import opened_file
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
 from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, GateStep
+from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import LoraFile, parameter_names
 from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
 from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
@@ -85,6 +88,7 @@ def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]
     pipeline = pipeline_of(opened, loader, components=options.get("components", True))
     _put(pipeline, loader, getattr(pipeline, opened.manifest.model.attribute), options)
     _refit_components(pipeline, loader.loras, with_engines=False)
+    _draw_by_default(pipeline, opened.manifest.built_for.height, opened.manifest.built_for.width)
     return pipeline.to(_gated(pipeline).device)
 
 
@@ -209,6 +213,30 @@ def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool) -> An
     return pipeline
 
 
+def _draw_by_default(pipeline: Any, height: int, width: int) -> None:
+    """Let a pipeline draw pictures of this size in pixels where a call names none.
+
+    diffusers takes the default from the denoiser's configuration, where most pipelines read one side for both. So the pipeline
+    becomes of a class that differs from its own in this alone, under the same name.
+    """
+    kind = type(pipeline)
+    signature = inspect.signature(kind.__call__)
+    if not {"height", "width"} <= signature.parameters.keys():
+        return
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        given = signature.bind_partial(self, *arguments, **options)
+        for name, side in (("height", height), ("width", width)):
+            if given.arguments.get(name) is None:
+                given.arguments[name] = side
+        return kind.__call__(*given.args, **given.kwargs)
+
+    refusals = {"__deepcopy__": StandIn.__deepcopy__, "__reduce_ex__": StandIn.__reduce_ex__}
+    names = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, **refusals}
+    pipeline.__class__ = type(kind.__name__, (kind,), names)
+
+
 def component_graphs(loader: EngineLoader) -> list[str]:
     """Graphs of components of which the bundle holds engines of the backend that runs."""
     return [graph for graph in loader.bundle.manifest.model.components if has_engine(loader.bundle, graph, loader.backend)]
@@ -230,8 +258,9 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         guidance=options.get("guidance"),
         after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
         low_memory=low_memory,
+        picture=(manifest.built_for.height, manifest.built_for.width),
         origin=origin,
-        eager=(lambda: eager_denoiser(origin.loras, replaces.dtype)) if is_architecture(replaces) else None,
+        eager=(lambda: eager_denoiser(origin.loras, gated.dtype)) if is_architecture(replaces) else None,
     )
     setattr(pipeline, manifest.model.attribute, gated)
 
