@@ -8,12 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from tgate_trt.errors import InputError
 
 _STAMP = ("size", "mtime_ns", "inode")
 
 
-def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str | None, known: Mapping[str, Any] | None) -> dict[str, Any]:
+class Fingerprint(TypedDict):
+    """Identity of a model's files."""
+
+    content: str
+    files: dict[str, dict[str, int | str]]
+    seed: int | None
+    revision: str | None
+
+
+def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str | None, known: Fingerprint | None) -> Fingerprint:
     """Identify files by content.
 
     Args:
@@ -25,7 +36,7 @@ def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str
     Raises:
         InputError: if a file cannot be read.
     """
-    before = (known or {}).get("files", {})
+    before = known["files"] if known else {}
     entries = {name: _entry(path, before.get(name)) for name, path in sorted(files.items())}
     counted: dict[str, Any] = {"files": {name: entry["sha256"] for name, entry in entries.items()}, "seed": seed}
     if seed is not None:
@@ -33,7 +44,7 @@ def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str
 
         counted["generation"] = GENERATION
     content = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
-    return {"content": content, "files": entries, "seed": seed, "revision": revision}
+    return Fingerprint(content=content, files=entries, seed=seed, revision=revision)
 
 
 def _entry(path: Path, before: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tgate_trt.errors import InputError
 from tgate_trt.files import read_json, read_tensors, weight_files
-from tgate_trt.models.fingerprints import fingerprint_of
+from tgate_trt.models.fingerprints import Fingerprint, fingerprint_of
 from tgate_trt.models.lora import Lora, LoraFile, fuse
 from tgate_trt.models.signature import signature
 from tgate_trt.models.single_file import original_components, read_denoiser
@@ -187,7 +187,7 @@ class ModelSource:
             dtype=DTYPES[precision],
         )
 
-    def fingerprint(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def fingerprint(self, known: Fingerprint | None = None) -> Fingerprint:
         """Identify the content that a bundle is built from.
 
         Args:

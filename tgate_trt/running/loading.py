@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import component_of, weight_files
+from tgate_trt.bundle.folder import beside
 from tgate_trt.bundle.loras import BundleLoras
-from tgate_trt.bundle.manifest import BESIDE
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
@@ -121,7 +121,7 @@ def runtime_options(bundle: Bundle, cuda_graphs: bool = True, specialisation: st
     """
     from tgate_trt.engines.tensorrt import RuntimeOptions
 
-    return RuntimeOptions(cuda_graphs, specialisation, bundle.folder.absolute().parent / BESIDE / "compiled")
+    return RuntimeOptions(cuda_graphs, specialisation, beside(bundle.folder) / "compiled")
 
 
 def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
