@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is: tests run side by side, and threads that wait for each other spin
 
 import pytest
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+Run = Callable[..., Result]
+"""Runs a command: takes its application and its arguments."""
 
 CROSS_ATTENTION_GAIN = 4.0
 """Cross-attention with random weights is faint; this makes a wrong cache stand out of any tolerance."""
@@ -173,3 +179,29 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory, tiny_sd_configs: Path) -> 
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl_configs: Path) -> Path:
     """A pipeline folder: SDXL in small, with two text encoders, pooled text and time ids; its UNet's pictures are 64×64. Read only."""
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl", tiny_sdxl_configs)
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Runs a command in this process, and checks that it ends without a traceback."""
+
+    def run(app: Typer, *arguments: object) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def error_of(run: Run) -> Callable[..., str]:
+    """Runs a command that must fail on its user's input, and returns the one sentence of its error."""
+
+    def error_of(app: Typer, *arguments: object) -> str:
+        result = run(app, *arguments)
+        assert result.exit_code == 1, result.output
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+        return lines[0]
+
+    return error_of

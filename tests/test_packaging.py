@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -39,6 +40,14 @@ def test_public_api() -> None:
         assert callable(getattr(tgate_trt, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tgate_trt.nothing
+
+
+def test_the_readme_installs_what_there_is() -> None:
+    readme, project = (ROOT / "README.md").read_text(encoding="utf-8"), PYPROJECT["project"]
+    assert f"dist/{project['name'].replace('-', '_')}-{project['version']}-py3-none-any.whl" in readme
+    assert f"CPython {project['requires-python'].removeprefix('>=')} or newer" in readme
+    for extra in re.findall(r"'\.\[(\w+)\]'", readme):
+        assert extra in project["optional-dependencies"]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer import Typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import MANIFEST
@@ -19,20 +20,8 @@ from tgate_trt.cli import build, generate, inspect
 
 BIN = Path(sys.executable).parent
 
-
-def run(app: Typer, *arguments: object) -> Result:
-    """Run a command in this process, and check that it ends without a traceback."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def error_of(result: Result) -> str:
-    """The one sentence of a command that failed on its user's input."""
-    assert result.exit_code == 1, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
+Run = Callable[..., Result]
+ErrorOf = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +49,7 @@ def test_a_bundle_holds_its_weights_once(bundle: Path) -> None:
     assert not [name for name in manifest.files if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
 
 
-def test_a_second_build_returns_and_says_why(bundle: Path, tiny_sd: Path) -> None:
+def test_a_second_build_returns_and_says_why(run: Run, bundle: Path, tiny_sd: Path) -> None:
     before = (bundle / MANIFEST).stat()
     result = run(build.app, "--model", tiny_sd, "--output", bundle)
     assert result.exit_code == 0, result.output
@@ -68,7 +57,7 @@ def test_a_second_build_returns_and_says_why(bundle: Path, tiny_sd: Path) -> Non
     assert (bundle / MANIFEST).stat() == before
 
 
-def test_pictures_side_by_side(bundle: Path, tmp_path: Path) -> None:
+def test_pictures_side_by_side(run: Run, bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "sheet.png"
     prompts = ("--prompt", "a cat", "--prompt", "a dog")
     gates = ("--gate-step", "none", "--gate-step", 1, "--after-gate", "negative", "--after-gate", "fading")
@@ -81,8 +70,9 @@ def test_pictures_side_by_side(bundle: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
-def test_pictures_in_a_folder(bundle: Path, tmp_path: Path) -> None:
-    result = run(generate.app, bundle, "--prompt", "a cat", "--images", 2, "--steps", 2, "--gate-step", 0.5, "--output", tmp_path / "out")
+def test_pictures_in_a_folder(run: Run, bundle: Path, tmp_path: Path) -> None:
+    options = ("--images", 2, "--negative-prompt", "a dog", "--steps", 2, "--gate-step", 0.5, "--output", tmp_path / "out")
+    result = run(generate.app, bundle, "--prompt", "a cat", *options)
     assert result.exit_code == 0, result.output
     pictures = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in pictures] == ["000-gate-step-0.5.png", "001-gate-step-0.5.png"]
@@ -90,20 +80,20 @@ def test_pictures_in_a_folder(bundle: Path, tmp_path: Path) -> None:
     assert first.size == (64, 64) and first.tobytes() != second.tobytes()
 
 
-def test_one_seed_gives_one_picture(bundle: Path, tmp_path: Path) -> None:
+def test_one_seed_gives_one_picture(run: Run, bundle: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         assert run(generate.app, bundle, "--prompt", "x", "--steps", 2, "--seed", 7, "--output", tmp_path / name).exit_code == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
-def test_inspect_shows_what_is_held_and_that_it_is_valid(bundle: Path) -> None:
+def test_inspect_shows_what_is_held_and_that_it_is_valid(run: Run, bundle: Path) -> None:
     result = run(inspect.app, bundle, "--full")
     assert result.exit_code == 0, result.output
     for text in ("planning", "fidelity", "onnxruntime", "fp32", "tolerance 1e-04", "valid"):
         assert text in result.output
 
 
-def test_inspect_says_why_a_bundle_is_stale(bundle: Path, tmp_path: Path) -> None:
+def test_inspect_says_why_a_bundle_is_stale(run: Run, bundle: Path, tmp_path: Path) -> None:
     folder = copy(bundle, tmp_path)
     data = json.loads((folder / MANIFEST).read_text())
     data["built_with"]["torch"] = "1.0"
@@ -114,7 +104,7 @@ def test_inspect_says_why_a_bundle_is_stale(bundle: Path, tmp_path: Path) -> Non
     assert "stale: the model's files changed; torch was 1.0 and is" in result.output.replace("\n", " ")
 
 
-def test_inspect_says_when_the_model_is_gone(bundle: Path, tmp_path: Path) -> None:
+def test_inspect_says_when_the_model_is_gone(run: Run, bundle: Path, tmp_path: Path) -> None:
     folder = copy(bundle, tmp_path)
     data = json.loads((folder / MANIFEST).read_text())
     data["model"]["reference"]["model"] = str(tmp_path / "gone")
@@ -138,9 +128,11 @@ def test_inspect_says_when_the_model_is_gone(bundle: Path, tmp_path: Path) -> No
         (["--model", "sd15", "--random-weights", "--output", __file__], "is not a bundle"),
     ],
 )
-def test_build_refuses_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_refuses_bad_input(
+    error_of: ErrorOf, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in error_of(run(build.app, *arguments))
+    assert message in error_of(build.app, *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,23 +152,23 @@ def test_build_refuses_bad_input(arguments: list[str], message: str, tmp_path: P
     ],
 )
 def test_generate_refuses_bad_input(
-    bundle: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error_of: ErrorOf, bundle: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in error_of(run(generate.app, bundle, "--prompt", "a cat", *arguments))
+    assert message in error_of(generate.app, bundle, "--prompt", "a cat", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("app", [generate.app, inspect.app], ids=["generate", "inspect"])
-def test_a_damaged_bundle_is_one_sentence(app: Typer, bundle: Path, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_one_sentence(error_of: ErrorOf, app: Typer, bundle: Path, tmp_path: Path) -> None:
     folder = copy(bundle, tmp_path)
     with (folder / "weights.safetensors").open("r+b") as file:
         file.truncate(1000)
     options = ["--prompt", "a cat"] if app is generate.app else []
-    assert "weights.safetensors has 1000 bytes instead of" in error_of(run(app, folder, *options))
+    assert "weights.safetensors has 1000 bytes instead of" in error_of(app, folder, *options)
 
 
-def test_a_damaged_bundle_is_built_again(bundle: Path, tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_built_again(run: Run, bundle: Path, tiny_sd: Path, tmp_path: Path) -> None:
     folder = copy(bundle, tmp_path)
     (folder / "planning.onnx").unlink()
     result = run(build.app, "--model", tiny_sd, "--output", folder, "--no-verify")
@@ -185,7 +177,7 @@ def test_a_damaged_bundle_is_built_again(bundle: Path, tiny_sd: Path, tmp_path: 
     Bundle.open(folder, full=True)
 
 
-def test_usage_errors_exit_with_two() -> None:
+def test_usage_errors_exit_with_two(run: Run) -> None:
     assert run(generate.app).exit_code == 2
     assert run(build.app, "--model", "shapes", "--nonsense").exit_code == 2
 

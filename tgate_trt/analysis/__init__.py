@@ -1,1 +1,1 @@
-"""What a model does and how good its pictures are: measures on tensors, without a download. Import the modules by name."""
+"""Measures of pictures, and the analysis of a model over the steps of its pictures; nothing is downloaded."""

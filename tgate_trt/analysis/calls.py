@@ -1,4 +1,4 @@
-"""What an analysis sees of a run: each call of the denoiser, the step to which it belongs, and its conditions."""
+"""The calls of a run: each call of the denoiser, its step, and its conditions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tgate_trt.gate.denoiser import schedule_of
+from tgate_trt.gate.denoiser import has_equal_halves, schedule_of
 from tgate_trt.gate.schedule import NONE, GateSchedule
 
 
@@ -19,29 +18,29 @@ class Call:
     """One call of the denoiser within a run."""
 
     number: int
-    """Of the run, from 0."""
+    """Number of the call in its run, from 0."""
     schedule: GateSchedule
     guided: bool
     """Whether the rows are ``[negative, positive]``."""
 
     @property
     def step(self) -> int:
-        """The step to which it belongs, from 0."""
+        """Number of the step to which the call belongs, from 0."""
         return self.schedule.step(self.number)
 
     @property
     def ends_step(self) -> bool:
-        """Whether the next call is of another step; the cache of T-GATE is taken at such a call."""
+        """Whether the next call belongs to another step; T-GATE takes its cache at such a call."""
         return self.number + 1 == self.schedule.calls or self.schedule.step(self.number + 1) != self.step
 
 
 OnCall = Callable[[Call, dict[str, Any]], dict[str, Any] | None]
-"""Is given a call and its keywords, and returns the keywords that take their place, or None."""
+"""Takes a call and its keywords; returns other keywords for the call, or None to keep them."""
 
 
 @contextlib.contextmanager
 def watching(pipeline: Any, denoiser: nn.Module, on_call: OnCall) -> Iterator[None]:
-    """While this lasts, ``on_call`` sees every call of the pipeline's denoiser before it is made."""
+    """Within this context, call ``on_call`` before every call of the pipeline's denoiser."""
     counter = _Counter(pipeline)
 
     def hook(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -57,7 +56,7 @@ def watching(pipeline: Any, denoiser: nn.Module, on_call: OnCall) -> Iterator[No
 
 
 class _Counter:
-    """Counts the calls of each run; a new ``timesteps`` tensor of the scheduler means a new run."""
+    """Counts the calls of each run; a new ``timesteps`` tensor of the scheduler begins a new run."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
@@ -68,13 +67,7 @@ class _Counter:
         timesteps = self._pipeline.scheduler.timesteps
         if self._last is None or self._timesteps is not timesteps:
             self._timesteps = timesteps
-            self._last = Call(0, schedule_of(self._pipeline, timestep, NONE), _is_guided(sample))
+            self._last = Call(0, schedule_of(self._pipeline, timestep, NONE), has_equal_halves(sample))
         else:
             self._last = Call(self._last.number + 1, self._last.schedule, self._last.guided)
         return self._last
-
-
-def _is_guided(sample: Tensor) -> bool:
-    """Whether a run's first latents are the same twice: pipelines double them for guidance, and no two pictures here share noise."""
-    rows = sample.shape[0]
-    return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])

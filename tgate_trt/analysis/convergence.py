@@ -1,9 +1,9 @@
-"""How much attention changes from step to step: the convergence curve of T-GATE (arXiv 2404.02747, section 3, figure 2).
+"""The change of attention from step to step: the convergence curve of T-GATE (arXiv 2404.02747, section 3, figure 2).
 
-``D_t = ‖C_t − C_{t+1}‖₂`` with ``C = softmax(Q·Kᵀ/√d)·V``, the heads side by side, which is what enters an attention
-module's output projection. The norm is taken over the tokens and channels of one row; then the mean over both guidance
-halves, over depth and over pictures. ``D_t / ‖C_t‖₂`` lies beside it, because layers differ in width and scale; it is 0
-where C stays 0, as in the negative half of SDXL, whose null prompt is zeros.
+``D_t = ‖C_t − C_{t+1}‖₂`` with ``C = softmax(Q·Kᵀ/√d)·V``, the heads side by side, which is the input of an attention
+module's output projection. The norm is over the tokens and channels of one row; the mean is over both guidance halves, over
+depth and over pictures. ``D_t / ‖C_t‖₂`` is measured too, because layers differ in width and scale; it is 0 where C stays 0, as
+in the negative half of SDXL, whose null prompt is zeros.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION, kind_of
 KINDS = (CROSS_ATTENTION, SELF_ATTENTION)
 
 ALL_LAYERS = "all layers"
-"""The group that every layer is of."""
+"""The group of all layers."""
 
 _SIDES = ("down", "mid", "up")
-"""Of a UNet, in the order in which its layers run."""
+"""Sides of a UNet, in the order in which its layers run."""
 
 _THIRDS = ("first third", "middle third", "last third")
-"""Of the depth of a transformer, whose layers have no levels."""
+"""Groups of a transformer, whose layers have no levels, by depth."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Layer:
 
     tap: str
     tokens: int
-    """Of the picture, at its resolution."""
+    """Tokens of a picture at the layer's resolution."""
     absolute: Tensor
     """``D_t``, ``[steps - 1, pictures]``, float64."""
     relative: Tensor
@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Convergence:
-    """The curve of some layers: their mean, with its 95 % interval over pictures; entry 0 is the change from step 1 to step 2."""
+    """The mean curve of some layers, with its 95 % interval over pictures; entry 0 is the change from step 1 to step 2."""
 
     layers: int
     absolute: Band
@@ -62,7 +62,7 @@ class Convergence:
 
 
 class Recording:
-    """What `recording` sees. Of each module it holds C at the step before, and two numbers a step and picture."""
+    """The result of `recording`. It holds, for each module, C at the previous step, and two numbers for each step and picture."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.modules = dict(tapped_modules(denoiser))
@@ -73,7 +73,7 @@ class Recording:
         """By tap, run and step: ``[2, pictures]``, absolute and relative."""
 
     def layers(self) -> list[Layer]:
-        """Every attention module in the order of the denoiser, over all runs so far."""
+        """Every attention module, in the order of the denoiser, over all runs so far."""
         layers = []
         for tap, runs in self._changes.items():
             absolute, relative = torch.cat([torch.stack(steps, 1) for steps in runs], -1).cpu().double()
@@ -81,15 +81,15 @@ class Recording:
         return layers
 
     def on_call(self, call: Call, _keywords: Mapping[str, Any]) -> None:
-        """Remember to which step what comes next belongs."""
+        """Remember the call to which the next outputs belong."""
         if call.number == 0:
             self._before.clear()
             for tap in self.modules:
                 self._changes[tap].append([])
         self._call = call
 
-    def see(self, tap: str, output: Tensor) -> None:
-        """Take in C of one module, ``[rows, tokens, channels]``."""
+    def record(self, tap: str, output: Tensor) -> None:
+        """Record C of one module, ``[rows, tokens, channels]``."""
         call = self._call
         if call is None or not call.ends_step:
             return
@@ -105,22 +105,24 @@ class Recording:
 
 @contextlib.contextmanager
 def recording(pipeline: Any, denoiser: nn.Module) -> Iterator[Recording]:
-    """While this lasts, record attention of every run of a pipeline.
+    """Within this context, record the attention of every run of a pipeline.
 
     Args:
-        pipeline: that calls the denoiser; its scheduler tells the step.
+        pipeline: the pipeline that calls the denoiser, whose scheduler gives the step.
         denoiser: a UNet or transformer of diffusers in eager PyTorch.
 
     Raises:
-        UnsupportedError: if it has no attention modules of the known kinds.
+        UnsupportedError: if the denoiser has no attention modules of a known kind.
     """
     seen = Recording(denoiser)
     if not seen.modules:
-        raise UnsupportedError(f"{type(denoiser).__name__} has no cross-attention or self-attention that is known here")
+        raise UnsupportedError(
+            f"{type(denoiser).__name__} has no cross-attention or self-attention of a known kind; leave convergence out of --only"
+        )
     with contextlib.ExitStack() as stack:
         for tap, module in seen.modules.items():
             projection: Any = module.to_out
-            handle = projection[0].register_forward_pre_hook(lambda _module, inputs, tap=tap: seen.see(tap, inputs[0]))
+            handle = projection[0].register_forward_pre_hook(lambda _module, inputs, tap=tap: seen.record(tap, inputs[0]))
             stack.callback(handle.remove)
         stack.enter_context(watching(pipeline, denoiser, seen.on_call))
         yield seen
@@ -130,12 +132,12 @@ def curves(layers: Sequence[Layer], height: int, width: int) -> dict[str, dict[s
     """The curves of all layers and of each group of layers.
 
     Args:
-        layers: of a `Recording`.
-        height: of the latents; tells the resolution of a layer from its tokens.
-        width: of the latents.
+        layers: layers of a `Recording`.
+        height: height of the latents, which gives the resolution of a layer from its tokens.
+        width: width of the latents.
 
     Returns:
-        By kind of attention and by group: `ALL_LAYERS` first, then the groups in the order in which they run.
+        The curves by kind of attention and by group: first `ALL_LAYERS`, then the groups in the order in which they run.
     """
     found = {}
     for kind in KINDS:
@@ -150,13 +152,13 @@ def curves(layers: Sequence[Layer], height: int, width: int) -> dict[str, dict[s
 
 
 def group_of(layer: Layer, depth: float, height: int, width: int) -> str:
-    """The group of a layer: side and resolution in a UNet, as in ``"down 16×16"``; the third of the depth elsewhere.
+    """The group of a layer: side and resolution in a UNet, such as ``"down 16×16"``; the third of the depth in a transformer.
 
     Args:
-        layer: of the denoiser.
-        depth: of the layer among those of its kind, from 0 to below 1.
-        height: of the latents.
-        width: of the latents.
+        layer: a layer of the denoiser.
+        depth: depth of the layer among those of its kind, from 0 to below 1.
+        height: height of the latents.
+        width: width of the latents.
     """
     side = _side(layer)
     if side is None:
@@ -166,7 +168,7 @@ def group_of(layer: Layer, depth: float, height: int, width: int) -> str:
 
 
 def _side(layer: Layer) -> str | None:
-    """The side of a UNet on which a layer is; None in a model without sides."""
+    """The side of a UNet that holds a layer; None in a model without sides."""
     side, _, rest = layer.tap.split(".")[1].partition("_")
     return side if side in _SIDES and rest.startswith("block") else None
 

@@ -1,4 +1,4 @@
-"""Features of whole pictures: from a fixed bank of filters, and from networks whose files the user names.
+"""Features of whole pictures, from networks in files that the user names.
 
 Nothing is downloaded. Pictures are float tensors `[N, 3, height, width]` in 0…1, as in `tgate_trt.analysis.metrics`.
 """
@@ -6,75 +6,34 @@ Nothing is downloaded. Pictures are float tensors `[N, 3, height, width]` in 0�
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tgate_trt.analysis.metrics import check_pictures
 from tgate_trt.errors import InputError
 
-BANK_FEATURES = 31
-"""How many numbers `bank_features` gives a picture."""
-
-_LONG_SIDE = 256
-"""Pixels; larger pictures are averaged down to about that, as FID's network scales pictures to 299."""
-_LEVELS, _ORIENTATIONS = 4, 4
-_WAVELENGTH = 4.0
-"""Pixels of a level; each level has half as many as the one before."""
-_SIGMA = 0.56 * _WAVELENGTH
-"""Of the filters' Gaussian: a bandwidth of one octave."""
-_GRAY_LEVEL = 1 / 255
-_REACH = 6
-"""Pixels from a filter's middle to its edge."""
-
 _BATCH = 16
 """Pictures in one call of a network."""
-
-
-def bank_features(pictures: Tensor) -> Tensor:
-    """Describe pictures by oriented energy and colour, in the manner of the gist of a scene (Oliva and Torralba, 2001).
-
-    - 16: for each of four octaves (wavelengths of 4, 8, 16 and 32 pixels) and four orientations, the logarithm of the mean magnitude of
-      a complex Gabor filter on luminance, plus one gray level of 255; a wave of amplitude 1 has magnitude 1;
-    - 12: the means of luminance, red − green and yellow − blue in each quarter of the picture;
-    - 3: the standard deviations of these three.
-
-    Over the demo's pictures the energies vary by 0.4 and the colours by 0.25, so neither rules a distance. They are few, so that a
-    hundred pictures give a covariance. The Fréchet distance on them is **not FID**: no number of another program compares with it,
-    it knows no objects, and it is meant to compare methods on pictures of one kind and size.
-
-    Args:
-        pictures: `[N, 3, height, width]` in 0…1.
-
-    Returns:
-        `[N, 31]` float64.
-
-    Raises:
-        InputError: if these are no pictures.
-    """
-    check_pictures(pictures)
-    return torch.cat([_bank_features(some) for some in torch.split(pictures, _BATCH)])
 
 
 def clip_scores(pictures: Tensor, prompts: Sequence[str], folder: Path) -> Tensor:
     """CLIP scores: 100 times the cosine between a picture's and its prompt's embedding, at least 0 (Hessel et al., 2021).
 
     Args:
-        pictures: `[N, 3, height, width]` in 0…1, scaled and cropped as the folder's image processor says.
-        prompts: one a picture; what the model's text does not hold is cut off.
-        folder: of a whole CLIP in transformers' format (`CLIPModel.save_pretrained`, with tokenizer and image processor), in
-            safetensors. Published scores name their CLIP; the papers of this field use ViT-L/14 or ViT-g/14, so name yours.
+        pictures: `[N, 3, height, width]` in 0…1; the folder's image processor scales and crops them.
+        prompts: one for each picture; tokens beyond the model's maximum are cut off.
+        folder: folder of a whole CLIP in transformers' format (`CLIPModel.save_pretrained`, with tokenizer and image processor), in
+            safetensors. Scores of different CLIPs are not comparable; papers of this field use ViT-L/14 or ViT-g/14.
 
     Returns:
         `[N]` float64.
 
     Raises:
-        InputError: if the folder holds no such model, or prompts are more or fewer than pictures.
+        InputError: if the folder holds no such model, or the numbers of prompts and pictures differ.
     """
     check_pictures(pictures)
     if len(prompts) != len(pictures):
@@ -99,20 +58,20 @@ def clip_scores(pictures: Tensor, prompts: Sequence[str], folder: Path) -> Tenso
 
 
 def inception_features(pictures: Tensor, file: Path) -> Tensor:
-    """Features for FID, by a network that the user has as TorchScript, such as NVIDIA's widely used `inception-2015-12-05.pt`.
+    """Features for FID, from a network that the user has as TorchScript, such as NVIDIA's widely used `inception-2015-12-05.pt`.
 
-    The module gets bytes `[n, 3, height, width]` in 0…255 of the pictures' own size and must scale (to 299) and normalise them
-    itself, as that file does; where its `forward` has an argument `return_features`, it is True.
+    The module takes bytes `[n, 3, height, width]` in 0…255 of the pictures' own size, and must scale (to 299) and normalise them
+    itself, as that file does; if its `forward` has an argument `return_features`, it is called with True.
 
     Args:
         pictures: `[N, 3, height, width]` in 0…1.
-        file: TorchScript, read by `torch.jit.load`; it is a program, so name only one that you trust.
+        file: TorchScript for `torch.jit.load`; it is a program, so name only a file that you trust.
 
     Returns:
         `[N, d]` float64.
 
     Raises:
-        InputError: if the file is no such module.
+        InputError: if the file does not hold such a module.
     """
     check_pictures(pictures)
     module = _load_torchscript(file)
@@ -131,41 +90,6 @@ def inception_features(pictures: Tensor, file: Path) -> Tensor:
             raise InputError(f"{file} must give features [{len(some)}, d] for {len(some)} pictures; it gave {shape}")
         features.append(found.double())
     return torch.cat(features)
-
-
-def _bank_features(pictures: Tensor) -> Tensor:
-    pictures = pictures.double()
-    pictures = functional.avg_pool2d(pictures, max(1, max(pictures.shape[2:]) // _LONG_SIDE))
-    red, green, blue = pictures.unbind(1)
-    channels = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], 1)
-    quarters = functional.adaptive_avg_pool2d(channels, 2).flatten(1)
-    energies = [(energy.mean((2, 3)) + _GRAY_LEVEL).log() for energy in _oriented_energies(channels[:, :1])]
-    return torch.cat([*energies, quarters, channels.flatten(2).std(-1)], 1)
-
-
-def _oriented_energies(luminance: Tensor) -> list[Tensor]:
-    """For each octave, `[N, orientations, height, width]` magnitudes of the filters."""
-    filters = _gabor_filters()
-    energies = []
-    for _ in range(_LEVELS):
-        padded = functional.pad(luminance, (_REACH,) * 4, mode="replicate")
-        real, imaginary = torch.chunk(functional.conv2d(padded, filters), 2, 1)
-        energies.append(torch.hypot(real, imaginary))
-        luminance = functional.avg_pool2d(luminance, 2)
-    return energies
-
-
-def _gabor_filters() -> Tensor:
-    """`[2 · orientations, 1, side, side]`: the real filters, which sum to 0, and then the imaginary ones."""
-    steps = torch.arange(-_REACH, _REACH + 1, dtype=torch.float64)
-    y, x = torch.meshgrid(steps, steps, indexing="ij")
-    envelope = (-(x.square() + y.square()) / (2 * _SIGMA**2)).exp()
-    envelope /= envelope.sum() / 2
-    angles = [math.pi * number / _ORIENTATIONS for number in range(_ORIENTATIONS)]
-    phases = torch.stack([2 * math.pi / _WAVELENGTH * (x * math.cos(angle) + y * math.sin(angle)) for angle in angles])
-    real = envelope * phases.cos()
-    real = real - envelope * real.sum((1, 2), keepdim=True) / envelope.sum()
-    return torch.cat([real, envelope * phases.sin()]).unsqueeze(1)
 
 
 def _bytes(pictures: Tensor) -> Tensor:

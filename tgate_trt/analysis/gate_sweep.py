@@ -1,4 +1,4 @@
-"""Pictures against the gate step: what T-GATE costs at each g, drawn by the bundle's own engines."""
+"""Pictures against the gate step: the cost of T-GATE at each g, drawn by the bundle's engines."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tgate_trt.analysis.subject import Subject
 
 
 def measure(subject: Subject, progress: Callable[[], None]) -> Series:
-    """Draw with the gate after every number of steps; ``g = T`` is vanilla.
+    """Draw all pictures with every gate step from 1 to T; ``g = T`` is vanilla.
 
     Args:
-        subject: with its engines.
+        subject: the subject, with its engines.
         progress: called after each gate step.
     """
     gate_steps = tuple(range(1, subject.steps + 1))

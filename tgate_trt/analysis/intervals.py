@@ -1,4 +1,4 @@
-"""Means over pictures, and how sure they are, along a curve."""
+"""Curves of means over pictures, with their intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tgate_trt.analysis.metrics import Estimate, mean_estimate
 
 @dataclass(frozen=True)
 class Band:
-    """A curve with its 95 % interval, point by point."""
+    """A curve with the 95 % interval of each point."""
 
     mean: tuple[float, ...]
     low: tuple[float, ...]
@@ -24,7 +24,7 @@ class Band:
 
 
 def band(values: Tensor) -> Band:
-    """The mean over pictures with its interval, see `tgate_trt.analysis.metrics.mean_estimate`; of one picture, itself.
+    """The mean over pictures with its interval, see `tgate_trt.analysis.metrics.mean_estimate`; the value itself for one picture.
 
     Args:
         values: ``[points, pictures]``.

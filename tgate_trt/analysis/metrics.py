@@ -1,6 +1,6 @@
-"""Measures of pictures against others, and how sure they are. Nothing here needs weights.
+"""Measures that compare pictures, with their intervals; none of them needs weights.
 
-Pictures are float tensors `[N, 3, height, width]` in 0…1 (sRGB as it stands in a file), of at least `LEAST_SIDE` pixels a side.
+Pictures are float tensors `[N, 3, height, width]` in 0…1 (sRGB, as in a file), with at least `LEAST_SIDE` pixels on each side.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn import functional
 from tgate_trt.errors import InputError
 
 LEAST_SIDE = 32
-"""Pixels: on smaller pictures the coarsest bands of the measures are a single value."""
+"""Pixels; in smaller pictures the coarsest bands of the measures are a single value."""
 
 RESAMPLES = 1000
-"""Of each bootstrap interval."""
+"""Resamples of each bootstrap interval."""
 
 _VALUES_AT_ONCE = 2**22
-"""Pixels times channels that are worked on together: 1024² pictures one by one, small ones in batches."""
+"""Pixels times channels that are processed together: pictures of 1024² one by one, small ones in batches."""
 
 _SSIM_WINDOW, _SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 11, 1.5, 0.01, 0.03
 _LOW_PASS = (0.05, 0.25, 0.4, 0.25, 0.05)
@@ -34,12 +34,12 @@ _BANDS: tuple[tuple[float, dict[tuple[int, int], float]], ...] = (
     (0.0220, {(0, -1): 0.2552, (0, 1): 0.2598}),
     (0.2782, {(0, -1): 0.0717, (0, 1): 0.2215}),
 )
-"""For each band, fine to coarse: a constant, and the weight of each neighbour (rows down, columns right), as the authors
-learned them from photographs (`NLP_dist.m`, whose kernels `conv2` turns round)."""
+"""For each band, from fine to coarse, a constant and the weight of each neighbour (rows down, columns right). The authors
+learned them from photographs (`NLP_dist.m`, whose kernels `conv2` flips)."""
 
 
 def check_pictures(pictures: Tensor, name: str = "pictures") -> None:
-    """See that a tensor holds pictures.
+    """Check that a tensor holds pictures.
 
     Raises:
         InputError: if it is not float `[N, 3, height, width]` in 0…1 with N at least 1 and sides of at least `LEAST_SIDE`.
@@ -58,13 +58,13 @@ def psnr(pictures: Tensor, others: Tensor) -> Tensor:
 
     Args:
         pictures: `[N, 3, height, width]` in 0…1.
-        others: as many of the same size.
+        others: the same number of pictures of the same size.
 
     Returns:
-        `[N]` float64; infinite where two pictures are equal.
+        `[N]` float64; infinite for equal pictures.
 
     Raises:
-        InputError: if these are not two sets of as many pictures of one size.
+        InputError: if an argument holds no pictures, or their numbers or sizes differ.
     """
     return _each(lambda a, b: -10 * (a - b).square().mean((1, 2, 3)).log10(), pictures, others)
 
@@ -72,15 +72,15 @@ def psnr(pictures: Tensor, others: Tensor) -> Tensor:
 def ssim(pictures: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al., 2004, doi:10.1109/TIP.2003.819861) of each RGB channel, and their mean.
 
-    By the paper: a Gaussian window of 11×11 pixels and sigma 1.5, K₁ 0.01, K₂ 0.03; windows that lie within the picture; no scaling
-    down first. The paper measures luminance alone, which cannot see a colour change of equal luminance: so the channels here.
+    As in the paper: a Gaussian window of 11×11 pixels and sigma 1.5, K₁ 0.01, K₂ 0.03; only windows inside the picture; no
+    downscaling. The paper measures luminance alone, which misses a change of colour at equal luminance; this measures each channel.
 
     Args:
         pictures: `[N, 3, height, width]` in 0…1.
-        others: as many of the same size.
+        others: the same number of pictures of the same size.
 
     Returns:
-        `[N]` float64, at most 1, and 1 for equal pictures.
+        `[N]` float64, at most 1; 1 for equal pictures.
 
     Raises:
         InputError: see `psnr`.
@@ -91,18 +91,18 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
 def perceptual_distance(pictures: Tensor, others: Tensor) -> Tensor:
     """Normalized Laplacian pyramid distance (Laparra, Ballé, Berardino and Simoncelli, Electronic Imaging 2016, HVEI-103).
 
-    A model of early vision in the shape of LPIPS, its features fixed: six bands of a Laplacian pyramid, each value divided by the
-    activity around it, so that a change counts the more the calmer its neighbourhood; per band the root mean square of the
-    differences; the mean of the bands. Being a distance between transformed pictures it orders strong changes too, where a deviation
-    of similarities, such as GMSD, falls again. The authors' filters and constants, for gray pictures, are used for each RGB channel,
-    and the channels' squares are averaged: gray pictures get the authors' value, and changes of colour count.
+    A model of early vision, similar to LPIPS but with fixed features. It takes six bands of a Laplacian pyramid and divides each
+    value by the activity around it, so a change counts more in a calm neighbourhood. The distance is the mean over the bands of the
+    root mean square difference. As a distance between transformed pictures it also orders strong changes, for which a deviation of
+    similarities, such as GMSD, decreases again. The authors' filters and constants, made for gray pictures, are applied to each RGB
+    channel, and the squares of the channels are averaged: gray pictures have the authors' value, and changes of colour count.
 
     Args:
         pictures: `[N, 3, height, width]` in 0…1.
-        others: as many of the same size.
+        others: the same number of pictures of the same size.
 
     Returns:
-        `[N]` float64, 0 for equal pictures; it has no unit, and is not LPIPS.
+        `[N]` float64, without a unit; 0 for equal pictures. The values are not those of LPIPS.
 
     Raises:
         InputError: see `psnr`.
@@ -111,21 +111,21 @@ def perceptual_distance(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Fréchet distance of two Gaussians with the means and covariances of two sets of features (Dowson and Landau, 1982).
+    """Squared Fréchet distance of two Gaussians with the means and covariances of two sets of features (Dowson and Landau, 1982).
 
-    As with FID it is the square that is given: ``‖μ − ν‖² + tr Σ + tr Ω − 2 tr (ΣΩ)^½``. The last trace is the sum of the singular
-    values of ``A Bᵀ`` with ``Σ = AᵀA``, ``Ω = BᵀB``: these are the roots of the eigenvalues of the symmetric ``A Ω Aᵀ``, found without
-    squaring what is small and without a matrix's root. So features that hardly vary, or are more than the pictures, do no harm.
+    With features of Inception it is FID: ``‖μ − ν‖² + tr Σ + tr Ω − 2 tr (ΣΩ)^½``. The last trace is the sum of the singular
+    values of ``A Bᵀ`` with ``Σ = AᵀA``, ``Ω = BᵀB``, which are the roots of the eigenvalues of the symmetric ``A Ω Aᵀ``. This needs no
+    root of a matrix and squares no small values, so it is accurate for features that hardly vary or outnumber the pictures.
 
-    Two samples of one kind of pictures have a distance too, the larger the fewer pictures and the more features. So compare
-    values of equal N, against one reference.
+    Two samples of the same kind of pictures have a distance above 0 too, which grows with fewer pictures and with more features. So
+    compare values of equal N, to the same reference.
 
     Args:
         features: `[N, d]`, N at least 2.
         reference: `[M, d]`, M at least 2.
 
     Raises:
-        InputError: if the shapes are others.
+        InputError: if the shapes differ from these.
     """
     shapes = list(features.shape), list(reference.shape)
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1] or min(map(len, (features, reference))) < 2:
@@ -138,7 +138,7 @@ class Estimate:
     """A measure of a sample of pictures, with its 95 % interval.
 
     Raises:
-        ValueError: if the value lies outside of its interval, or is not finite.
+        ValueError: if the value is outside of its interval, or is not finite.
     """
 
     value: float
@@ -153,16 +153,16 @@ class Estimate:
         return f"{self.value:.3g} ({self.low:.3g}…{self.high:.3g})"
 
     def to_json(self) -> dict[str, float]:
-        """Value and ends."""
+        """The value and the ends of its interval."""
         return asdict(self)
 
 
 def mean_estimate(values: Tensor, seed: int = 0) -> Estimate:
-    """The mean of one value a picture, with the percentile interval of the bootstrap (Efron, 1979).
+    """The mean over pictures, with the percentile interval of the bootstrap (Efron, 1979).
 
     Args:
         values: `[N]`, N at least 2, finite.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
         InputError: if N is less than 2.
@@ -174,20 +174,20 @@ def mean_estimate(values: Tensor, seed: int = 0) -> Estimate:
 
 
 def frechet_estimate(features: Tensor, reference: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The Fréchet distance of two sets that were drawn from the same prompts, with a bootstrap interval over the prompts.
+    """The Fréchet distance of two sets of pictures of the same prompts, with a bootstrap interval over the prompts.
 
-    A prompt is drawn with its row in both sets: drawn apart, the prompts' own variety would hide all that differs. A resample
-    holds fewer different pictures, so its distance is larger for that alone: the interval is shifted back by the difference of its
-    mean from the value. It tells how the value would scatter over other prompts, and not the bias that all samples of this size share.
+    A resample takes the same prompts from both sets; otherwise the variety of prompts would hide the difference of the sets. A
+    resample has fewer distinct pictures, which alone makes its distance larger, so the interval is shifted by the difference between
+    its mean and the value. It shows the spread over other prompts, and not the bias that all samples of this size have.
 
     Args:
         features: `[N, d]`, N at least 2.
-        reference: `[N, d]`, row i of the same prompt.
-        seed: of the resampling.
-        resamples: how many.
+        reference: `[N, d]`, row i from the same prompt.
+        seed: seed of the resampling.
+        resamples: number of resamples.
 
     Raises:
-        InputError: if the shapes are others.
+        InputError: if the shapes differ from these.
     """
     if features.shape != reference.shape:
         raise InputError(f"the interval of a Fréchet distance takes pairs; got {list(features.shape)} and {list(reference.shape)}")
@@ -198,13 +198,13 @@ def frechet_estimate(features: Tensor, reference: Tensor, seed: int = 0, resampl
 
 
 def _resampled(count: int, resamples: int, seed: int) -> Tensor:
-    """`[resamples, count]`: rows drawn with replacement."""
+    """Indices `[resamples, count]`, drawn with replacement."""
     return torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
 
 
 def _estimate(value: float, resampled: Tensor) -> Estimate:
     low, high = (float(end) for end in resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)))
-    return Estimate(value, min(low, value), max(high, value))  # against rounding, where all resamples are one
+    return Estimate(value, min(low, value), max(high, value))  # against rounding, if all resamples are equal
 
 
 def _frechet_distances(features: Tensor, reference: Tensor) -> Tensor:
@@ -213,11 +213,11 @@ def _frechet_distances(features: Tensor, reference: Tensor) -> Tensor:
     spreads = root.square().sum((-2, -1)) + other_root.square().sum((-2, -1))
     common = torch.linalg.svdvals(root @ other_root.mT).sum(-1)
     distances: Tensor = (mean - other_mean).square().sum(-1) + spreads - 2 * common
-    return distances.clamp(min=0)  # equal sets round to below 0
+    return distances.clamp(min=0)  # rounding can make the distance of equal sets negative
 
 
 def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[…, d]`, and a factor `[…, min(N, d), d]` whose square is the covariance."""
+    """The mean `[…, d]`, and a factor `[…, min(N, d), d]` whose square is the covariance."""
     mean = features.mean(-2)
     centred = (features - mean.unsqueeze(-2)) / math.sqrt(features.shape[-2] - 1)
     return mean, torch.linalg.qr(centred, mode="r").R
@@ -250,7 +250,7 @@ def _ssim(pictures: Tensor, others: Tensor) -> Tensor:
 def _separable(values: Tensor, kernel: Sequence[float]) -> Tensor:
     """`[…, height, width]` filtered by a symmetric kernel along both axes, without padding.
 
-    A sum of shifted pictures: `conv2d` took ten times as long for float64 planes of 1024² on a CPU.
+    It is a sum of shifted pictures, because `conv2d` took ten times as long for float64 planes of 1024² on a CPU.
     """
     for axis in (-2, -1):
         length = values.shape[axis] - len(kernel) + 1
@@ -267,7 +267,7 @@ def _normalized_laplacian_distance(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def _normalized_pyramid(pictures: Tensor) -> Iterator[Tensor]:
-    """The bands of a Laplacian pyramid (Burt and Adelson, 1983), the last one low-pass, each divided by its local activity."""
+    """The bands of a Laplacian pyramid (Burt and Adelson, 1983), the last of them low-pass, each divided by its local activity."""
     for number, (constant, neighbours) in enumerate(_BANDS, start=1):
         coarser = None if number == len(_BANDS) else _halved(pictures)
         band = pictures if coarser is None else pictures - _doubled(coarser, pictures.shape[-2:])
@@ -277,7 +277,7 @@ def _normalized_pyramid(pictures: Tensor) -> Iterator[Tensor]:
 
 
 def _halved(pictures: Tensor) -> Tensor:
-    """Every second pixel of the low-passed picture, mirrored beyond its edges with the edge's own pixel twice."""
+    """Every second pixel of the low-passed picture, which is mirrored at its edges, the edge pixel included."""
     mirrored = pictures
     for axis in (-2, -1):
         ends = pictures.shape[axis] - 1
@@ -287,7 +287,7 @@ def _halved(pictures: Tensor) -> Tensor:
 
 
 def _doubled(pictures: Tensor, size: torch.Size) -> Tensor:
-    """Interpolated to a size of twice as many pixels, or one fewer."""
+    """The picture interpolated to twice as many pixels on each side, or one fewer."""
     padded = functional.pad(pictures, (1, 1, 1, 1), mode="replicate")
     spaced = padded.new_zeros(*padded.shape[:-2], 2 * padded.shape[-2], 2 * padded.shape[-1])
     spaced[..., ::2, ::2] = 4 * padded
@@ -295,7 +295,7 @@ def _doubled(pictures: Tensor, size: torch.Size) -> Tensor:
 
 
 def _activity(magnitudes: Tensor, neighbours: dict[tuple[int, int], float]) -> Tensor:
-    """The weighted sum of each value's neighbours, zero beyond the edges."""
+    """The weighted sum of each value's neighbours, with zeros beyond the edges."""
     reach = 2
     height, width = magnitudes.shape[-2:]
     padded = functional.pad(magnitudes, (reach,) * 4)

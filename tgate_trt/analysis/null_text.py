@@ -1,8 +1,8 @@
 """The null-text swap: text for some of the steps and the null prompt for the others (arXiv 2404.02747, section 3, figure 3).
 
-``S^F`` has the text in the first m steps and the null prompt after them; ``S^L`` the null prompt first and the text after. The null
-prompt is what stands in the negative half, so that guidance ``n + s·(p − n)`` gives ``n`` where the text is taken away;
-without guidance it is the empty prompt. Cross-attention is computed at every step: this is about text, not about a cache.
+``S^F`` has the text in the first m steps and the null prompt after them; ``S^L`` has the null prompt first and then the text. The null
+prompt is the prompt of the negative half, so guidance ``n + s·(p − n)`` gives ``n`` in the steps without text; without guidance it is
+the empty prompt. Cross-attention is computed at every step, so the experiment is about text and not about a cache.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ TEXT_FIRST, TEXT_LAST = "text first", "text last"
 """S^F and S^L."""
 
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask", "text_embeds")
-"""What a prompt becomes, among a denoiser's keywords and within its ``added_cond_kwargs``; sizes and crops are no text."""
+"""Names of an encoded prompt among a denoiser's keywords and in its ``added_cond_kwargs``, without sizes and crops."""
 
 
 def measure(subject: Subject, progress: Callable[[], None]) -> dict[str, Series]:
-    """Draw with the text in the first or last steps alone, for every m from 0 to T.
+    """Draw with the text in the first or in the last steps alone, for every m from 0 to T.
 
-    The two orders meet: ``S^F`` with m = T and ``S^L`` with m = 0 are vanilla, the other ends are the null prompt.
+    ``S^F`` with m = T and ``S^L`` with m = 0 are vanilla; the other ends of both orders are the null prompt.
 
     Args:
-        subject: with its engines.
-        progress: called for every m of the two orders.
+        subject: the subject, with its engines.
+        progress: called for every m of both orders.
 
     Returns:
-        By order, `TEXT_FIRST` and `TEXT_LAST`.
+        The results by order, `TEXT_FIRST` and `TEXT_LAST`.
     """
     null = null_prompt(subject)
     known: dict[tuple[bool, ...], Outcome] = {(True,) * subject.steps: subject.compare(subject.vanilla)}
@@ -59,9 +59,9 @@ def draw(subject: Subject, plan: Sequence[bool], null: Mapping[str, Tensor]) -> 
     """Draw every picture, ``[pictures, 3, height, width]``, uint8.
 
     Args:
-        subject: with its engines.
+        subject: the subject, with its engines.
         plan: whether each step has the text.
-        null: the null prompt, see `null_prompt`.
+        null: the null prompt; see `null_prompt`.
     """
 
     def swap(call: Call, keywords: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,9 +72,9 @@ def draw(subject: Subject, plan: Sequence[bool], null: Mapping[str, Tensor]) -> 
 
 
 def null_prompt(subject: Subject) -> dict[str, Tensor]:
-    """The null prompt as the denoiser is given it, one row of each tensor, from a short run of the empty prompt.
+    """The null prompt in the denoiser's tensors, one row of each, from a short run with the empty prompt.
 
-    The first row of such a run is the negative half's under guidance, and the empty prompt's without.
+    The first row of such a run belongs to the negative half with guidance, and to the empty prompt without it.
     """
     found: dict[str, Tensor] = {}
 
@@ -87,13 +87,13 @@ def null_prompt(subject: Subject) -> dict[str, Tensor]:
 
 
 def _text_of(keywords: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a call that a prompt became."""
+    """The tensors of a call that hold the encoded prompt."""
     given = {**keywords, **(keywords.get("added_cond_kwargs") or {})}
     return {name: given[name] for name in _TEXT if given.get(name) is not None}
 
 
 def _with_text(keywords: Mapping[str, Any], text: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The keywords of a call with another text in every row."""
+    """The keywords of a call, with another text in every row."""
     rows = {name: text[name].expand_as(tensor) for name, tensor in _text_of(keywords).items()}
     replaced = {name: rows.get(name, value) for name, value in keywords.items()}
     added = keywords.get("added_cond_kwargs")

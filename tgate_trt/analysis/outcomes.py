@@ -1,4 +1,4 @@
-"""What became of pictures: their distance to vanilla ones, and whether they show what their captions say."""
+"""Outcomes of drawing: the distance of pictures to vanilla ones, and whether they match their captions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from tgate_trt.demo.evaluate import Proportion
 from tgate_trt.demo.scorer import read
 
 DISTANCE = "normalized Laplacian pyramid distance to vanilla: no unit, 0 for equal pictures"
-"""What `Outcome.distance` is, for people."""
-
+"""Description of `Outcome.distance` in results."""
 
 _AT_ONCE = 16
-"""Pictures that are held in floating point together."""
+"""Pictures that are converted to floating point together."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Pictures of the subject's captions, drawn in one way."""
+    """The outcome of drawing a subject's pictures in one way."""
 
     distance: Tensor
-    """Of each picture, ``[pictures]``, float64; see `DISTANCE`."""
+    """Distance of each picture, ``[pictures]``, float64; see `DISTANCE`."""
     correct: tuple[bool, ...] | None
-    """Whether each picture shows every attribute that its caption names; None where no scorer can tell."""
+    """Whether each picture shows every attribute that its caption names; None if no scorer can read it."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Pictures drawn in one way after the other, against a number of steps."""
+    """Outcomes against a number of steps."""
 
     at: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
@@ -47,23 +46,23 @@ class Series:
 
     @property
     def accuracy(self) -> tuple[Proportion, ...] | None:
-        """The share of pictures that are right; None where no scorer can tell."""
+        """The share of correct pictures at each number of steps; None if no scorer can read them."""
         correct = [outcome.correct for outcome in self.outcomes if outcome.correct is not None]
         return tuple(Proportion(sum(each), len(each)) for each in correct) or None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single pictures, for a file of results."""
+        """The curves, for a file of results."""
         accuracy = None if self.accuracy is None else [share.to_json() for share in self.accuracy]
         return {"at": list(self.at), "distance": self.distance.to_json(), "accuracy": accuracy}
 
 
 def compare(pictures: Tensor, vanilla: Tensor, captioned: Sequence[Captioned] | None) -> Outcome:
-    """Compare pictures with vanilla ones, and read them back where their captions can be.
+    """Compare pictures with vanilla ones, and with their captions if a scorer can read them.
 
     Args:
         pictures: ``[pictures, 3, height, width]``, uint8.
-        vanilla: the same prompts from the same noise, of the same form.
-        captioned: what the demo model was asked for, picture by picture.
+        vanilla: pictures of the same prompts from the same noise, in the same form.
+        captioned: what each picture of the demo model must show, or None.
     """
     pairs = zip(torch.split(pictures, _AT_ONCE), torch.split(vanilla, _AT_ONCE), strict=True)
     distance = torch.cat([perceptual_distance(some.float() / 255, others.float() / 255) for some, others in pairs])

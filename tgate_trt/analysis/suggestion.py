@@ -1,13 +1,13 @@
-"""Two rules that suggest a gate step, and which of them counts.
+"""Two rules that suggest a gate step.
 
 1. *By convergence*: the smallest g at which the relative D_t of cross-attention, averaged over three steps, has fallen to
-   half of its highest value so far. D_g is the first change that a gate at g leaves out. It is a rule of thumb: it sees
-   no pictures.
-2. *By accuracy*, where a scorer can read the pictures: the smallest g from which on no gate step draws significantly fewer
-   right pictures than vanilla, by the exact one-sided sign test at 5 % on pictures that only one of the two has right
-   (McNemar, 1947). Few pictures show no difference, so there must be 20; 100 show one of five pictures.
+   half of its highest value so far. D_g is the first change that a gate at g omits. This is a rule of thumb that uses no
+   pictures.
+2. *By accuracy*, if a scorer can read the pictures: the smallest g such that neither g nor a later gate step draws significantly
+   fewer correct pictures than vanilla, by the exact one-sided sign test at 5 % on the pictures that are correct in only one of the
+   two (McNemar, 1947). It needs at least 20 pictures, because few pictures show no difference; five lost and none won are significant.
 
-Where the second has an answer it is the suggestion, since it is about pictures; else the first is.
+The second rule makes the suggestion if it has an answer, because it measures pictures; otherwise the first rule does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tgate_trt.analysis.outcomes import Outcome, Series
 
 FRACTION = 0.5
 SMOOTHING = 3
-"""Steps, an odd number."""
+"""Number of steps in a mean, odd."""
 SIGNIFICANCE = 0.05
 LEAST_PICTURES = 20
 
@@ -35,48 +35,48 @@ ACCURACY_RULE = f"the smallest g from which on accuracy is not significantly bel
 
 @dataclass(frozen=True)
 class Difference:
-    """How the pictures of one gate step differ from vanilla ones in being right."""
+    """The pictures that are correct with only one of vanilla and a gate."""
 
     lost: int
-    """Right in vanilla alone."""
+    """Number of pictures that are correct in vanilla alone."""
     won: int
-    """Right with the gate alone."""
+    """Number of pictures that are correct with the gate alone."""
 
     @property
     def p(self) -> float:
-        """Chance of so few won, or fewer, if the gate made no difference."""
+        """Probability of at most so many won pictures if the gate made no difference."""
         pairs = self.lost + self.won
         return float(sum(math.comb(pairs, count) for count in range(self.won + 1)) / 2**pairs)
 
     @property
     def is_significant(self) -> bool:
-        """Whether the gate costs accuracy."""
+        """Whether the gate lowers accuracy significantly."""
         return self.p < SIGNIFICANCE
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What both rules say; None where what a rule needs was not measured."""
+    """The answers of both rules; None if the data of a rule were not measured."""
 
     by_convergence: int | None = None
     by_accuracy: int | None = None
     differences: tuple[Difference, ...] = field(default=(), repr=False)
-    """Of every gate step from 1 on."""
+    """The difference of every gate step, from 1."""
 
     @property
     def gate_step(self) -> int | None:
-        """The suggested one."""
+        """The suggested gate step."""
         return self.by_convergence if self.by_accuracy is None else self.by_accuracy
 
     @property
     def rule(self) -> str | None:
-        """The rule that the suggestion follows."""
+        """The rule that made the suggestion."""
         if self.gate_step is None:
             return None
         return "by_convergence" if self.by_accuracy is None else "by_accuracy"
 
     def to_json(self) -> dict[str, Any]:
-        """Both answers with their rules, and the test's counts."""
+        """Both answers with their rules, and the counts of the test."""
         return {
             "gate_step": self.gate_step,
             "rule": self.rule,
@@ -92,11 +92,11 @@ class Suggestion:
 
 
 def suggest(relative: Sequence[float] | None, gates: Series | None) -> Suggestion:
-    """Apply both rules to what was measured.
+    """Apply both rules to the measurements.
 
     Args:
-        relative: ``D_t / ‖C_t‖`` of cross-attention from step 1 on.
-        gates: pictures for every gate step from 1 to T, the last of which is vanilla.
+        relative: ``D_t / ‖C_t‖`` of cross-attention, from step 1.
+        gates: outcomes of every gate step from 1 to T, the last of which is vanilla.
     """
     differences = () if gates is None else differences_of(gates.outcomes)
     return Suggestion(
@@ -107,7 +107,7 @@ def suggest(relative: Sequence[float] | None, gates: Series | None) -> Suggestio
 
 
 def by_convergence(relative: Sequence[float]) -> int:
-    """The first rule; T where the curve never falls so far.
+    """The first rule; T if the curve never falls so far.
 
     Args:
         relative: ``D_t / ‖C_t‖``, T - 1 values.
@@ -124,14 +124,14 @@ def by_accuracy(differences: Sequence[Difference]) -> int:
     """The second rule.
 
     Args:
-        differences: of every gate step from 1 to T; the last is none.
+        differences: the difference of every gate step from 1 to T; that of T is none.
     """
     costly = [gate_step for gate_step, each in enumerate(differences, start=1) if each.is_significant]
     return max(costly, default=0) + 1
 
 
 def differences_of(outcomes: Sequence[Outcome]) -> tuple[Difference, ...]:
-    """The differences to the last outcome, which is vanilla; empty where no scorer can tell."""
+    """The differences to the last outcome, which is vanilla; empty if no scorer can read the pictures."""
     vanilla = outcomes[-1].correct
     if vanilla is None:
         return ()
@@ -143,7 +143,7 @@ def differences_of(outcomes: Sequence[Outcome]) -> tuple[Difference, ...]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and its neighbours; at the ends, of those that are there."""
+    """The mean of each value and its neighbours; the first and the last value have fewer neighbours."""
     reach = SMOOTHING // 2
     windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
     return [sum(window) / len(window) for window in windows]

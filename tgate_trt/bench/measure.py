@@ -1,23 +1,21 @@
-"""Measure one bundle on this machine in one run: every setting in every round, on the same prompts, noise and scheduler."""
+"""Measure one bundle on this machine: every setting in every round, on the same prompts, noise and scheduler."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tgate_trt.bench.contenders import FIDELITY, HAND_OFF, OUTSIDE, PARTS, PLANNING, Conditions, Contender, Studio
+from tgate_trt.analysis.prompts import held_out, prompts_of
+from tgate_trt.bench.contenders import OUTSIDE, PARTS, Contender, Studio
 from tgate_trt.bench.memory import available, peak_memory
-from tgate_trt.bench.quality import draw, quality
+from tgate_trt.bench.quality import quality
 from tgate_trt.bench.settings import Setting, settings_of
 from tgate_trt.bench.spread import ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
@@ -26,65 +24,63 @@ from tgate_trt.building.engines import stale_engine_reasons
 from tgate_trt.bundle.backends import choose_backend
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import TRACE
-from tgate_trt.demo.dataset import Captioned, examples
 from tgate_trt.errors import InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.gate.after_gate import AFTER_GATE, DEFAULT_AFTER_GATE
+from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING
 from tgate_trt.gate.schedule import DEFAULT_GATE_STEP
+from tgate_trt.running.drawing import Drawing, to_bytes
 
 logger = logging.getLogger(__name__)
 
-PROMPTS = ("an astronaut riding a horse in a jungle", "a bowl of fruit on a wooden table", "a lighthouse on a cliff at sunset")
-"""Of models other than the demo model, in turn."""
-
 _BATCH_SIZE = 16
-"""Pictures of the demo model in one call, where they are judged and not timed."""
+"""Pictures of the demo model in one call, if they are judged and not timed."""
 
 _COPIES = 2
-"""An engine may hold its weights a second time, laid out for the processor's kernels."""
+"""Copies of the weights in an engine, one of them in the layout of the processor's kernels."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured; each field is an option of the command."""
+    """What to measure."""
 
     bundle: Path
+    drawing: Drawing = field(default_factory=Drawing)
+    """The pictures; see `tgate_trt.analysis.prompts.prompts_of` for their prompts, and `scheduler_for` for their scheduler."""
     gate_steps: tuple[str, ...] = ()
-    """Counts and fractions; the bundle's own if empty."""
+    """Counts and fractions; the bundle's own gate step if empty."""
     after_gate: tuple[str, ...] = (DEFAULT_AFTER_GATE,)
+    """Keys of `tgate_trt.gate.after_gate.AFTER_GATE`."""
     backends: tuple[str, ...] = ()
-    """The first that runs here if empty."""
+    """Backends of the engines; the first that runs here if empty."""
     beside: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
-    """In turn, one a picture; captions for the demo model, else `PROMPTS`, if empty."""
-    seed: int = 0
-    steps: int | None = None
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    """Of `tgate_trt.running.drawing.SCHEDULERS`, or ``"own"`` for the model's; DPM-Solver++ if None, but for LCM, which has its own."""
+    """Keys of `tgate_trt.bench.settings.BESIDE`."""
     images: int = 1
+    """Pictures in one call."""
     rounds: int = 5
+    """Number of times that each setting is timed."""
     threads: int | None = None
+    """CPU threads; one for each core if None."""
     memory: bool = True
-    """Whether peak memory is measured, in a process for each setting."""
+    """Whether to measure peak memory, in one process for each setting."""
 
     def __post_init__(self) -> None:
-        for name, value in (("--rounds", self.rounds), ("--images", self.images), ("--steps", 1 if self.steps is None else self.steps)):
+        for name, value in (("--rounds", self.rounds), ("--images", self.images)):
             if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}; choose another number")
         for mode in self.after_gate:
             if mode not in AFTER_GATE:
-                raise InputError(f"--after-gate takes {', '.join(AFTER_GATE)}, got {mode!r}")
+                raise InputError(f"--after-gate takes {', '.join(AFTER_GATE)}, got {mode!r}; see tgate-bench --help")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call of one contender."""
+    """The times of one call."""
 
     parts: Mapping[str, float]
     """Seconds of each of `PARTS`."""
     calls: Mapping[str, int]
-    """How often each was begun."""
+    """Number of times that each part was started."""
 
     @property
     def whole(self) -> float:
@@ -93,93 +89,96 @@ class Sample:
 
     @property
     def denoising(self) -> float:
-        """Seconds of the denoising loop: without text encoding, decoding and what the pipeline does around them."""
+        """Seconds of the denoising loop, without text encoding, decoding and the rest of the pipeline."""
         return sum(self.parts[part] for part in (PLANNING, FIDELITY, HAND_OFF, "denoiser", "scheduler"))
 
     @property
     def outside(self) -> float:
-        """Seconds that are none of the models'."""
+        """Seconds of Python around the models."""
         return sum(self.parts[part] for part in OUTSIDE)
 
     def step(self, part: str) -> float:
-        """Seconds of one call of an engine; 0 where there was none."""
+        """Seconds of one call of an engine; 0 without a call."""
         return self.parts[part] / max(1, self.calls.get(part, 0))
 
 
 @dataclass
 class Measurement:
-    """A bundle made ready, its settings, and what was sampled so far."""
+    """A bundle that is ready to be measured, its settings, and the samples so far."""
 
     plan: Plan
+    drawing: Drawing
+    """The pictures of all rounds, with their number of steps."""
     studio: Studio
     settings: tuple[Setting, ...]
     samples: dict[Setting, list[Sample]] = field(default_factory=dict)
     memory: dict[Setting, dict[str, int]] = field(default_factory=dict)
 
+    @property
+    def steps(self) -> int:
+        """Sampling steps of every picture."""
+        assert self.drawing.steps is not None
+        return self.drawing.steps
+
     def run(self) -> Iterator[dict[str, Any]]:
-        """Warm up, then sample every setting in each round, forwards and backwards in turn.
+        """Warm up, then sample every setting in each round, alternately in forward and reverse order.
 
         Yields:
             After each round, the results of all rounds so far, by setting; see `results`.
         """
-        for number in range(self.plan.rounds):
+        for number, batch in enumerate(self.drawing.batches(self.plan.images)):
             order = self.settings if number % 2 == 0 else tuple(reversed(self.settings))
             for setting in order:
                 contender = self.studio.contender(setting)
                 if number == 0 or not self.studio.keeps_engines:
                     logger.info("warming up %s …", self.label(setting))
-                    contender.draw(*self._pictures(number), steps=min(2, self.studio.conditions.steps))
-                self.samples.setdefault(setting, []).append(self._sample(contender, number))
+                    contender.warm_up(batch)
+                self.samples.setdefault(setting, []).append(self._sample(contender, batch))
                 logger.info(
                     "round %d of %d: %s: %.3f s", number + 1, self.plan.rounds, self.label(setting), self.samples[setting][-1].whole
                 )
             yield self.results()
 
     def quality(self, samples: int, clip: Path | None, inception: Path | None) -> dict[str, Any]:
-        """Draw the same prompts from the same noise by every setting that runs engines, and judge the pictures.
+        """Draw the same prompts from the same noise with every setting that runs engines, and judge the pictures.
 
         Args:
-            samples: pictures of each; of the demo model at most as many as it has held-out captions.
+            samples: pictures of each setting; for the demo model at most the number of its held-out captions.
             clip: see `tgate_trt.bench.quality.quality`.
-            inception: likewise.
+            inception: see `tgate_trt.bench.quality.quality`.
 
         Returns:
             Plain data by setting.
         """
-        captioned = _held_out(self.studio.bundle, samples)
-        prompts = [each.caption for each in captioned] or list(itertools.islice(itertools.cycle(self.plan.prompts), samples))
+        model = self.studio.bundle.manifest.model.name
+        captioned = held_out(model, samples)
+        prompts = tuple(each.caption for each in captioned) or prompts_of(model, self.plan.drawing.prompts, samples)[0]
+        batches = list(replace(self.drawing, prompts=prompts).batches(_BATCH_SIZE if captioned else 1))
         pictures = {}
         for setting in self.settings:
             if setting.backend:
                 logger.info("%d pictures by %s …", len(prompts), self.label(setting))
-                pictures[self.label(setting)] = self._draw(setting, prompts, batch_size=_BATCH_SIZE if captioned else 1)
+                contender = self.studio.contender(setting)
+                drawn = [to_bytes(contender.draw(batch, output_type="pt")) for batch in batches]
+                pictures[self.label(setting)] = torch.cat(drawn).float() / 255
         judged = quality(
             pictures, self.label(self.settings[0]), captioned=captioned or None, prompts=prompts, clip=clip, inception=inception
         )
         return {name: row.to_json() for name, row in judged.items()}
 
-    def _draw(self, setting: Setting, prompts: Sequence[str], batch_size: int) -> Tensor:
-        pipeline, bundle = self.studio.contender(setting).pipeline, self.studio.bundle
-        scale = self.studio.conditions.guidance_scale
-        if scale is None:
-            scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-        size = {side: getattr(bundle.manifest.built_for, side) for side in ("height", "width")}
-        steps, seed = self.studio.conditions.steps, self.plan.seed
-        return draw(pipeline, prompts, steps=steps, guidance_scale=scale, seed=seed, batch_size=batch_size, **size)
-
     def measure_memory(self) -> None:
-        """Measure the peak memory of each setting in a process of its own, which draws one picture in two steps."""
+        """Measure the peak memory of each setting in a separate process, which draws one picture in two steps."""
         for setting in self.settings:
             logger.info("memory of %s …", self.label(setting))
-            self.memory[setting] = peak_memory(self.studio, setting, str(self._pictures(0)[0][0]))
+            self.memory[setting] = peak_memory(self.studio, setting, next(self.drawing.batches(1)))
 
     def label(self, setting: Setting) -> str:
-        """A setting's name, with its backend where several are measured."""
+        """A setting's name, with its backend if several are measured."""
         several = len({each.backend for each in self.settings if each.backend}) > 1
-        return setting.label(self.studio.conditions.steps) + (f", {setting.backend}" if several and setting.backend else "")
+        return setting.label(self.steps) + (f", {setting.backend}" if several and setting.backend else "")
 
     def results(self) -> dict[str, Any]:
-        """Plain data of every setting that was sampled: times, ratios to its baseline, parts, steps, bound and memory."""
+        """Plain data of every sampled setting: times, ratios to its baseline, parts, steps, bound and memory."""
         first = self.samples[self.settings[0]]
         return {self.label(setting): self._result(setting, row, first[: len(row)]) for setting, row in self.samples.items()}
 
@@ -188,9 +187,9 @@ class Measurement:
         whole = [sample.whole for sample in row]
         return {
             "setting": dataclasses.asdict(setting),
-            "engine": self.studio.contender(setting).engine,
+            "engine": self.studio.engine_name(setting),
             "baseline": self.label(setting.baseline),
-            "planning_steps": setting.planning_steps(self.studio.conditions.steps),
+            "planning_steps": setting.planning_steps(self.steps),
             "seconds": spread(whole),
             "images_per_second": self.plan.images / spread(whole)["median"],
             "ratio": ratios(whole, [sample.whole for sample in base]),
@@ -207,12 +206,12 @@ class Measurement:
         }
 
     def _bound(self, setting: Setting, sample: Sample, base: Sample) -> dict[str, float]:
-        """The ratio of multiply-accumulates to the baseline's, without attention's two products and with them."""
+        """Ratios of multiply-accumulates to the baseline's, without and with attention's two products."""
         own, other = self._work(setting, sample), self._work(setting.baseline, base)
         return {"linear": own[0] / other[0], "with_sdpa": own[1] / other[1]}
 
     def _work(self, setting: Setting, sample: Sample) -> tuple[int, int]:
-        """Multiply-accumulates of a call's denoising: of linear and convolution layers, and those with attention's two products."""
+        """Multiply-accumulates of a call's denoising: in linear and convolution layers, and including attention's two products."""
         rows = self.plan.images * (2 if self._is_guided else 1), self.plan.images
         linear = whole = 0
         for graph, size, part in zip(setting.graphs, rows, (PLANNING, FIDELITY), strict=True):
@@ -222,68 +221,70 @@ class Measurement:
 
     @property
     def _is_guided(self) -> bool:
-        return bool(getattr(self.studio.our_pipeline(str(self.settings[0].backend)), "do_classifier_free_guidance", False))
+        return bool(getattr(self.studio.pipeline(str(self.settings[0].backend)), "do_classifier_free_guidance", False))
 
-    def _sample(self, contender: Contender, number: int) -> Sample:
+    def _sample(self, contender: Contender, batch: Drawing) -> Sample:
         watch = Stopwatch(self.studio.device)
-        contender.draw(*self._pictures(number), watch=watch)
+        contender.draw(batch, watch)
         seconds = watch.seconds()
         return Sample({part: seconds.get(part, 0.0) for part in PARTS}, dict(watch.calls))
 
-    def _pictures(self, number: int) -> tuple[list[str], list[int]]:
-        """Prompts and seeds of one round's call."""
-        first = number * self.plan.images
-        prompts = itertools.islice(itertools.cycle(self.plan.prompts), first, first + self.plan.images)
-        return list(prompts), [self.plan.seed + first + place for place in range(self.plan.images)]
-
 
 def prepare(plan: Plan) -> Measurement:
-    """Open a bundle, add the graphs that are compared, and make ready what is to be measured.
+    """Open a bundle, add the graphs to compare, and prepare the measurement.
 
     Raises:
         BundleError: if the bundle cannot be used here.
         InputError: if the plan is impossible.
-        StaleBundleError: if engines that would be compared were built with different versions.
+        StaleBundleError: if the engines to compare were built with different versions, or the bundle holds no graphs.
     """
     bundle = Bundle.open(plan.bundle)
     if TRACE not in bundle.manifest.files:
-        raise StaleBundleError(f"{bundle.folder} holds no graphs to count and add to; build it again without --discard-graphs")
+        raise StaleBundleError(f"{bundle.folder} holds no graphs to count and extend; build it again without --discard-graphs")
     backends = tuple(choose_backend(bundle, backend) for backend in (plan.backends or (None,)))
     refuse_unfair(bundle, backends)
     for graph in ("vanilla", "planning", "fidelity"):
         bundle = add_graph(bundle, graph)
     manifest = bundle.manifest
-    conditions = Conditions(
-        steps=plan.steps or manifest.steps,
-        guidance_scale=manifest.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
-        scheduler=_scheduler(bundle, plan.scheduler),
-        images=plan.images,
-        threads=plan.threads,
-    )
+    prompts, _ = prompts_of(manifest.model.name, plan.drawing.prompts, plan.rounds * plan.images)
+    own = json.loads((bundle.pipeline / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    drawing = replace(plan.drawing, prompts=prompts, scheduler=scheduler_for(own, plan.drawing.scheduler)).of(bundle)
     settings = settings_of(backends, plan.gate_steps, plan.after_gate, plan.beside, manifest.gate_step or DEFAULT_GATE_STEP)
-    for setting in settings:
-        setting.planning_steps(conditions.steps)
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    studio = Studio(bundle, device_of(backends), conditions, keeps_engines=_fits(bundle, settings))
-    prompts = plan.prompts or [each.caption for each in _held_out(bundle, plan.rounds * plan.images)] or PROMPTS
-    return Measurement(dataclasses.replace(plan, prompts=tuple(prompts)), studio, settings)
+    studio = Studio(bundle, device_of(backends), drawing.scheduler, plan.threads, keeps_engines=_fits(bundle, settings))
+    measurement = Measurement(plan, drawing, studio, settings)
+    for setting in settings:
+        setting.planning_steps(measurement.steps)  # refuses a gate step beyond the last step
+    return measurement
+
+
+def scheduler_for(own: str, wanted: str | None) -> str | None:
+    """The scheduler of all settings, a key of `tgate_trt.running.drawing.SCHEDULERS`, or None for the model's own.
+
+    Args:
+        own: class of the model's own scheduler.
+        wanted: a key of `SCHEDULERS`; ``"own"`` for the model's own; None for DPM-Solver++, but LCM's own if it has that.
+    """
+    if wanted == "own" or (wanted is None and own == "LCMScheduler"):
+        return None
+    return wanted or "dpm++"
 
 
 def refuse_unfair(bundle: Bundle, backends: Sequence[str]) -> None:
-    """Refuse to compare engines that would not be built alike: all of a backend have the same options and versions.
+    """Refuse to compare engines that were built with other versions than the engines that would be added.
 
     Raises:
-        StaleBundleError: if engines are of another version than those that would be built beside them.
+        StaleBundleError: if a backend's engines were built with other versions than those installed here.
     """
     for backend in backends:
         reasons = stale_engine_reasons(backend, bundle.manifest.engines[backend], None)
         if reasons:
-            raise StaleBundleError(f"a comparison would not be fair: {'; '.join(reasons)}; build the bundle again with tgate-build")
+            raise StaleBundleError(f"the comparison would not be fair: {'; '.join(reasons)}; build the bundle again with tgate-build")
 
 
 def device_of(backends: Sequence[str]) -> torch.device:
-    """Where engines of these backends run: the GPU where there is one, but ONNX Runtime's only where it can use it."""
+    """The device of engines of these backends: the GPU if there is one and, with ONNX Runtime among them, it can use the GPU."""
     from tgate_trt.engines.onnxruntime import cuda_is_available
 
     on_gpu = torch.cuda.is_available() and ("onnxruntime" not in backends or cuda_is_available())
@@ -291,34 +292,25 @@ def device_of(backends: Sequence[str]) -> torch.device:
 
 
 def conditions_of(measurement: Measurement) -> dict[str, Any]:
-    """How it was measured, as a record keeps it."""
-    plan, conditions = measurement.plan, measurement.studio.conditions
+    """How a measurement was made, as in its record."""
+    plan, drawing = measurement.plan, measurement.drawing
     return {
-        **dataclasses.asdict(conditions),
+        "steps": drawing.steps,
+        "guidance_scale": drawing.guidance_scale,
+        "scheduler": drawing.scheduler,
+        "images": plan.images,
+        "threads": plan.threads,
         "rounds": plan.rounds,
-        "seed": plan.seed,
-        "prompts": list(plan.prompts[: plan.rounds * plan.images]),
+        "seed": drawing.seed,
+        "prompts": list(dict.fromkeys(drawing.prompts)),
         "device": str(measurement.studio.device),
         "pytorch_threads": torch.get_num_threads(),
         "keeps_engines": measurement.studio.keeps_engines,
     }
 
 
-def _scheduler(bundle: Bundle, name: str | None) -> str | None:
-    """The scheduler that all settings use, None for the model's own."""
-    config = json.loads((bundle.pipeline / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    if name == "own" or (name is None and config["_class_name"] == "LCMScheduler"):
-        return None
-    return name or "dpm++"
-
-
-def _held_out(bundle: Bundle, samples: int) -> list[Captioned]:
-    """Held-out captions, where the bundle is of the demo model."""
-    return examples(samples, held_out=True, seed=0) if bundle.manifest.model.name == "shapes" else []
-
-
 def _fits(bundle: Bundle, settings: Sequence[Setting]) -> bool:
-    """Whether all engines take at most half of the memory that is there."""
+    """Whether all engines together take at most half of the available memory."""
     held = bundle.manifest.files[WEIGHTS_FILE].size
     engines = {(setting.backend, graph) for setting in settings if setting.backend for graph in setting.graphs}
     others = sum(setting.backend is None for setting in settings)

@@ -10,10 +10,9 @@ from typing import Any
 
 from tgate_trt import children
 from tgate_trt.bench.settings import Setting
+from tgate_trt.running.drawing import Drawing
 
 _SECONDS_BETWEEN_LOOKS = 0.005
-_STEPS = 2
-"""One before the gate and one after it."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +21,19 @@ class Task:
 
     bundle: str
     setting: dict[str, Any]
-    conditions: dict[str, Any]
+    drawing: Drawing
+    threads: int | None
     device: str
     components: bool
-    prompt: str
 
 
-def peak_memory(studio: Any, setting: Setting, prompt: str) -> dict[str, int]:
+def peak_memory(studio: Any, setting: Setting, drawing: Drawing) -> dict[str, int]:
     """Bytes at the most while a setting loads and draws one picture in two steps.
 
     Args:
         studio: `tgate_trt.bench.contenders.Studio` of the bundle.
         setting: what draws.
-        prompt: of the picture.
+        drawing: the picture.
 
     Returns:
         ``host``, anonymous memory without pages of files; ``gpu``, of the whole device, 0 without one.
@@ -47,10 +46,10 @@ def peak_memory(studio: Any, setting: Setting, prompt: str) -> dict[str, int]:
     task = Task(
         str(studio.bundle.folder),
         dataclasses.asdict(setting),
-        dataclasses.asdict(studio.conditions) | {"images": 1},
+        drawing,
+        studio.threads,
         str(studio.device),
         studio.components,
-        prompt,
     )
     return children.run(measure, task, "measuring memory", "if memory ran out, measure with --no-memory")
 
@@ -104,11 +103,12 @@ def measure(task: Task) -> dict[str, int]:
     """Load and draw in this process, and tell the most memory that was held."""
     import torch
 
-    from tgate_trt.bench.contenders import Conditions, Studio
+    from tgate_trt.bench.contenders import Studio
     from tgate_trt.bundle.bundle import Bundle
 
     look = _Look()
     look.start()
-    with Studio(Bundle.open(task.bundle), torch.device(task.device), Conditions(**task.conditions), components=task.components) as studio:
-        studio.contender(Setting(**task.setting)).draw([task.prompt], [0], steps=_STEPS)
+    bundle, device = Bundle.open(task.bundle), torch.device(task.device)
+    with Studio(bundle, device, task.drawing.scheduler, task.threads, components=task.components) as studio:
+        studio.contender(Setting(**task.setting)).warm_up(task.drawing)
     return look.stop()

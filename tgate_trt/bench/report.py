@@ -121,12 +121,11 @@ def _quality(record: Mapping[str, Any]) -> Table:
         "PSNR, dB": lambda row: _estimate(row["likeness"] and row["likeness"]["psnr"], 1),
         "SSIM": lambda row: _estimate(row["likeness"] and row["likeness"]["ssim"], 3),
         "perceptual distance": lambda row: _estimate(row["likeness"] and row["likeness"]["perceptual_distance"], 3),
-        f"Fréchet distance to {first['distance_to']}": lambda row: _estimate(row["frechet_distance"], 3),
     }
     if any(row["clip_score"] for row in results.values()):
         columns["CLIP score"] = lambda row: _estimate(row["clip_score"], 2)
     if any(row["fid"] for row in results.values()):
-        columns["FID"] = lambda row: _estimate(row["fid"], 1)
+        columns[f"FID to {first['distance_to']}"] = lambda row: _estimate(row["fid"], 1)
     rows: Rows = [(name, *(show(row) for show in columns.values())) for name, row in results.items()]
     notes = (
         f"{first['pictures']} pictures each, of the same prompts and noise; in brackets 95 % intervals. Likeness is to vanilla's pictures.",

@@ -1,48 +1,52 @@
-"""Where the time of a run goes, part by part, on the host's clock or on a GPU's."""
+"""The time of each part of a run, by the clock of the host or of a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from tgate_trt.engines.base import Engine
-
 
 class Stopwatch:
-    """Clocks of named parts, of which one runs at a time: a part stands still while another runs inside it.
+    """Clocks of named parts, one of which runs at a time: a part's clock stops while another part runs inside it.
 
-    So the parts of a run add up to its whole time. On a GPU a moment is a CUDA event, so that nothing is waited for until
+    So the parts of a run add up to its whole time. On a GPU a moment is a CUDA event, so the host waits for the GPU only when
     the times are read.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Make a stopwatch.
+
+        Args:
+            device: device whose time is measured; the host if None or a CPU.
+            clock: returns the host's time in seconds.
+        """
         self._on_gpu = device is not None and device.type == "cuda"
+        self._clock = clock
         self._moments: list[tuple[Any, str | None]] = []
-        """Moments, and the part that ran up to each."""
+        """Moments, each with the part that ran until then."""
         self._running: list[str] = []
         self.calls: Counter[str] = Counter()
-        """How often each part was begun."""
+        """Number of times that each part was started."""
 
     def start(self, part: str) -> None:
-        """Run the clock of a part, and stop the one that runs."""
+        """Start the clock of a part, and stop the one that runs."""
         self._mark()
         self._running.append(part)
         self.calls[part] += 1
 
     def stop(self) -> None:
-        """Stop the clock that runs, and go on with the one before it."""
+        """Stop the clock that runs, and restart the one before it."""
         self._mark()
         self._running.pop()
 
     @contextlib.contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Run the clock of a part."""
+        """Within this context, run the clock of a part."""
         self.start(part)
         try:
             yield
@@ -51,7 +55,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def watching(self, owner: Any, method: str, part: str) -> Iterator[None]:
-        """While this lasts, calls of ``owner.method`` run the clock of a part."""
+        """Within this context, calls of ``owner.method`` run the clock of a part."""
         watched = getattr(owner, method)
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
@@ -65,7 +69,7 @@ class Stopwatch:
             delattr(owner, method)
 
     def seconds(self) -> dict[str, float]:
-        """Time of each part, without what ran inside it."""
+        """Time of each part in seconds, without the parts that ran inside it."""
         if self._on_gpu:
             torch.cuda.synchronize()
         spent: dict[str, float] = defaultdict(float)
@@ -79,43 +83,5 @@ class Stopwatch:
             moment: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             moment.record()
         else:
-            moment = time.perf_counter()
+            moment = self._clock()
         self._moments.append((moment, self._running[-1] if self._running else None))
-
-
-@dataclass
-class Watched:
-    """An engine whose runs are timed under a name; without a watch it is the engine and nothing else."""
-
-    engine: Engine
-    part: str
-    watch: Stopwatch | None = field(default=None)
-
-    @property
-    def spec(self) -> Any:
-        """The engine's own."""
-        return self.engine.spec
-
-    @property
-    def device(self) -> torch.device:
-        """The engine's own."""
-        return self.engine.device
-
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor], stream: int | None = None) -> None:
-        """Run the engine, and the clock."""
-        if self.watch is None:
-            return self.engine.run(inputs, outputs, stream)
-        with self.watch.time(self.part):
-            return self.engine.run(inputs, outputs, stream)
-
-    def replace_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """As the engine does."""
-        self.engine.replace_weights(weights)
-
-    def unload(self) -> None:
-        """As the engine does."""
-        self.engine.unload()
-
-    def close(self) -> None:
-        """As the engine does."""
-        self.engine.close()

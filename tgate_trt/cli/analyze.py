@@ -51,12 +51,12 @@ def analyze(
     For example: `tgate-analyze bundles/shapes-64x64-fp32`
     """
     with reporting(verbose):
+        from tgate_trt.analysis.prompts import read_prompts
         from tgate_trt.analysis.study import analyze_and_save
-        from tgate_trt.analysis.subject import Sampling, read_prompts
+        from tgate_trt.running.drawing import Drawing
 
-        sampling = Sampling(
+        drawing = Drawing(
             prompts=(*(prompt or ()), *(read_prompts(prompts) if prompts else ())),
-            samples=samples,
             steps=steps,
             seed=seed,
             guidance_scale=guidance_scale,
@@ -65,7 +65,8 @@ def analyze(
         parts = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip()))
         study, paths = analyze_and_save(
             model,
-            sampling,
+            drawing,
+            samples=samples,
             parts=parts,
             backend=backend,
             random_weights=random_weights,

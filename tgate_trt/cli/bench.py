@@ -84,6 +84,7 @@ def bench(
         from tgate_trt.bench import suite
         from tgate_trt.bench.build_cost import Engines
         from tgate_trt.bench.measure import Plan
+        from tgate_trt.running.drawing import Drawing
 
         given, command = targets or [], shlex.join(["tgate-bench", *sys.argv[1:]])
         mode = suite.mode_of([name for name, chosen in flags.items() if chosen], given)
@@ -109,11 +110,7 @@ def bench(
                 after_gate=_names(after_gate),
                 backends=_names(backend),
                 beside=_names(beside),
-                prompts=tuple(prompt or ()),
-                seed=seed,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                scheduler=scheduler,
+                drawing=Drawing(tuple(prompt or ()), steps=steps, seed=seed, guidance_scale=guidance_scale, scheduler=scheduler),
                 images=images,
                 rounds=rounds,
                 threads=threads,

@@ -15,56 +15,61 @@ app = application()
 
 @app.command()
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that tgate-build made.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw. May be given several times.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, made by tgate-build.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw. Repeat the option for several prompts.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: the model's own, mostly 25]")] = None,
     gate_step: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Planning steps: a count, a fraction, or none. May be given several times, to compare. [default: the model's own]"
-        ),
+        typer.Option(help="Planning steps: a count, a fraction, or none. Repeat the option to compare. [default: the model's own]"),
     ] = None,
     after_gate: Annotated[
         list[str] | None,
         typer.Option(
-            help="From the gate on: negative (T-GATE), positive, or fading, which lets guidance fade out. May be given several times, "
-            "to compare. [default: negative]"
+            help="From the gate on: negative (T-GATE), positive, or fading, which fades guidance out. Repeat the option to compare. "
+            "[default: negative]"
         ),
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none. [default: the model's own]")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next have the next seeds.")] = 0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance; 1 for none. [default: the model's own]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; each further picture has the next seed.")] = 0,
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, ddpm, dpm++, sde-dpm++, euler, euler-a, heun, kdpm2, lcm, pndm, unipc.")
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures for each prompt.", min=1)] = 1,
-    backend: Annotated[str | None, typer.Option(help="Engines to use. [default: the first that runs here]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one a core]", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="A .png file, where several pictures make one sheet; or a folder.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+    backend: Annotated[str | None, typer.Option(help="Engines to use. [default: the first backend that runs here]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one for each core]", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="A .png file, into which several pictures go as one sheet; or a folder.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and tracebacks.")] = False,
 ) -> None:
-    """Generate pictures with a bundle, with as many gate steps side by side as you like.
+    """Generate pictures with a bundle, for one gate step or several side by side.
 
     For example: `tgate-generate bundles/shapes-64x64-fp32 --prompt "a small red circle at the top left on a blue background"
     --gate-step none --gate-step 10`
     """
     with reporting(verbose):
         from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
-        from tgate_trt.running.drawing import Settings, generate, save
+        from tgate_trt.running.drawing import Drawing, draw_columns, save
 
-        settings = Settings(
-            prompts=tuple(prompt),
+        drawing = Drawing(
+            prompts=tuple(text for text in prompt for _ in range(images)),
             negative_prompt=negative_prompt,
             steps=steps,
-            gate_steps=tuple(gate_step or ()),
-            after_gate=tuple(after_gate or (DEFAULT_AFTER_GATE,)),
-            guidance_scale=guidance_scale,
             seed=seed,
+            guidance_scale=guidance_scale,
             scheduler=scheduler,
-            images=images,
         )
-        columns = generate(bundle, settings, backend=backend, threads=threads)
-        paths = save(columns, settings, output)
+        columns = draw_columns(
+            bundle,
+            drawing,
+            gate_steps=gate_step or (),
+            after_gate=after_gate or (DEFAULT_AFTER_GATE,),
+            batch_size=images,
+            backend=backend,
+            threads=threads,
+        )
+        paths = save(columns, drawing, output)
         table = Table("gate step", "pictures", "time", "against the first", box=None)
         for column in columns:
             ratio = columns[0].seconds / column.seconds

@@ -1,18 +1,21 @@
-"""The bundled demo model `shapes`: its pictures, its training, its weights, and a scorer that reads meaning back by program.
+"""The bundled demo model `shapes`: its data set, its training, its weights, and a scorer that reads the meaning of pictures.
 
-`dataset` draws captioned pictures, `train` makes the model from them, `scorer` reads a picture's attributes, and `evaluate`
-counts how many pictures of a pipeline are right. This module is light: it loads no framework.
+`dataset` draws captioned pictures, `training` trains the model on them, `scorer` reads the attributes of a picture, and `evaluate`
+counts a pipeline's correct pictures. This module is light: it loads no framework.
 """
 
 from pathlib import Path
 
+NAME = "shapes"
+"""The name of the model; a program can read what its pictures show."""
+
 MODEL_DIR = Path(__file__).parent / "model"
-"""The trained pipeline, a folder in diffusers' format: `StableDiffusionPipeline.from_pretrained(MODEL_DIR)`."""
+"""Folder of the trained pipeline in diffusers' format, for `StableDiffusionPipeline.from_pretrained(MODEL_DIR)`."""
 
 GUIDANCE_SCALE = 2.0
-"""The classifier-free guidance scale that the model draws best with."""
+"""The scale of classifier-free guidance at which the model draws best."""
 
 NUM_INFERENCE_STEPS = 25
-"""The steps of DPM-Solver++ that the model's accuracy is stated for."""
+"""The number of DPM-Solver++ steps for which the model's accuracy is stated."""
 
-__all__ = ["GUIDANCE_SCALE", "MODEL_DIR", "NUM_INFERENCE_STEPS"]
+__all__ = ["GUIDANCE_SCALE", "MODEL_DIR", "NAME", "NUM_INFERENCE_STEPS"]

@@ -21,7 +21,7 @@ PICTURE_SIZE = 64
 """Width and height of a picture in pixels."""
 
 JITTER = 1.5
-"""The most pixels, on each axis, that a drawn shape stands off its position."""
+"""The largest distance in pixels, on each axis, of a drawn shape from its position."""
 
 OBJECT_COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 40, 40),
@@ -40,10 +40,10 @@ BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
     "green": OBJECT_COLOURS["green"],
     "blue": OBJECT_COLOURS["blue"],
 }
-"""sRGB of the backgrounds; two of them are colours of shapes too, so that a caption's colours must be told apart."""
+"""sRGB of the backgrounds; two of them are also colours of shapes, so a model must distinguish a caption's two colours."""
 
 SIZES: dict[str, float] = {"small": 8.0, "large": 12.5}
-"""Radius in pixels of a circle of that size; the other shapes cover about as much."""
+"""Radius in pixels of a circle of that size; the other shapes have about the same area."""
 
 POSITIONS: dict[str, tuple[float, float]] = {
     "top left": (17.0, 17.0),
@@ -63,7 +63,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "position": tuple(POSITIONS),
     "background": tuple(BACKGROUND_COLOURS),
 }
-"""Every attribute with its values, in the order of the fields of `Combination`."""
+"""The values of every attribute, in the order of the fields of `Combination`."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "small": ("small", "little"),
@@ -76,7 +76,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "bottom left": ("bottom left", "lower left"),
     "bottom right": ("bottom right", "lower right"),
 }
-"""Words a caption may use for a value; a value not named here has only its own name."""
+"""The words that a caption may use for a value; any other value has only its own name."""
 
 TEMPLATES = (
     "a {size} {colour} {shape} at the {position} on a {background} background",
@@ -93,7 +93,7 @@ SHORT_TEMPLATES = (
     "a {size} {colour} {shape}",
     "a {colour} {shape}",
 )
-"""Wordings that leave attributes open; the model is trained on a few, so that a short prompt also gives a picture."""
+"""Wordings that do not name every attribute; some training captions use them, so that a short prompt also gives a picture."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Combination:
     """The attributes of one picture.
 
     Raises:
-        ValueError: when a value is unknown, or shape and background would have the same colour.
+        ValueError: if a value is unknown, or shape and background would have the same colour.
     """
 
     shape: str
@@ -119,7 +119,7 @@ class Combination:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees this combination: true of about one in ten, by a hash of its names."""
+        """Whether training never uses this combination: true for about one in ten, by a hash of its names."""
         return hashlib.sha256("/".join(astuple(self)).encode()).digest()[0] % 10 == 0
 
     @property
@@ -130,14 +130,14 @@ class Combination:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A caption and what a picture of it must show."""
+    """A caption, and the combination that its picture must show."""
 
     caption: str
     combination: Combination
 
 
 def all_combinations() -> list[Combination]:
-    """Every combination that can be seen, in a fixed order."""
+    """Every combination whose shape is visible, in a fixed order."""
     return [
         Combination(shape, colour, size, position, background)
         for shape, colour, size, position, background in itertools.product(*ATTRIBUTES.values())
@@ -146,12 +146,12 @@ def all_combinations() -> list[Combination]:
 
 
 def combinations(*, held_out: bool) -> list[Combination]:
-    """The combinations that training never sees, or those it does."""
+    """The combinations that training never uses, or those that it uses."""
     return [combination for combination in all_combinations() if combination.held_out is held_out]
 
 
 def caption(combination: Combination, rng: np.random.Generator | None = None, template: str | None = None) -> str:
-    """Words for a combination: the canonical caption, or with `rng` one of the wordings and synonyms by chance."""
+    """A caption of a combination: the canonical one, or with `rng` a random wording with random synonyms."""
     if rng is None:
         return (template or TEMPLATES[0]).format_map(vars(combination))
     chosen = template or TEMPLATES[rng.integers(len(TEMPLATES))]
@@ -164,10 +164,10 @@ def _word(value: str, rng: np.random.Generator) -> str:
 
 
 def parse(text: str) -> Combination:
-    """What a full caption names, in any of the `TEMPLATES` and with any of the `SYNONYMS`.
+    """The combination that a full caption names, in any of the `TEMPLATES` and with any of the `SYNONYMS`.
 
     Raises:
-        ValueError: when the text is none of the captions.
+        ValueError: if the text is not such a caption.
     """
     for pattern in _PATTERNS:
         if match := pattern.fullmatch(text):
@@ -188,12 +188,12 @@ _CANONICAL = {word: value for value, words in SYNONYMS.items() for word in words
 
 
 def examples(count: int | None = None, *, held_out: bool, seed: int = 0) -> list[Captioned]:
-    """Captions to score a model on, drawn without replacement from one side of the split, in any wording.
+    """Captions for scoring a model, drawn without replacement from one side of the split, in random wordings.
 
     Args:
-        count: how many; all of that side when None or larger than it.
-        held_out: captions of combinations that training never sees, or of those it does.
-        seed: of the draw and of the wordings.
+        count: number of captions; all captions of that side if None or if there are fewer.
+        held_out: whether to take combinations that training never uses, or those that it uses.
+        seed: seed of the choice and of the wordings.
     """
     rng = np.random.default_rng(seed)
     pool = combinations(held_out=held_out)
@@ -202,12 +202,12 @@ def examples(count: int | None = None, *, held_out: bool, seed: int = 0) -> list
 
 
 def coverage(shape: str, radius: float, centre: tuple[float, float]) -> Floats:
-    """How much of each pixel a shape covers, 0…1, `[PICTURE_SIZE, PICTURE_SIZE]`: anti-aliased by the distance to its edge.
+    """The covered share of each pixel, 0…1, `[PICTURE_SIZE, PICTURE_SIZE]`, anti-aliased by the distance to the shape's edge.
 
     Args:
         shape: one of `SHAPES`.
-        radius: in pixels, of a circle of that size.
-        centre: (x, y) of the centre of mass in pixels; pixel (0, 0) has its middle at (0.5, 0.5).
+        radius: radius in pixels of a circle of that size.
+        centre: (x, y) of the centre of mass in pixels; the middle of pixel (0, 0) is at (0.5, 0.5).
     """
     grid = np.arange(PICTURE_SIZE, dtype=np.float32) + 0.5
     x, y = np.meshgrid(grid - np.float32(centre[0]), grid - np.float32(centre[1]))
@@ -216,7 +216,7 @@ def coverage(shape: str, radius: float, centre: tuple[float, float]) -> Floats:
 
 
 def _edge_distance(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
-    """Signed distance in pixels to the shape's edge, negative inside; the factors give the shapes about equal areas."""
+    """Signed distance in pixels to the shape's edge, negative inside; the factors make the areas of the shapes about equal."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -228,14 +228,14 @@ def _edge_distance(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
 
 
 def _triangle_distance(x: Floats, y: Floats, outer: float) -> Floats:
-    """Distance to an equilateral triangle with a tip upwards, `outer` from its centre: the farthest out of its three sides."""
+    """Distance to an equilateral triangle that points up, its tip `outer` from its centre: the maximum over its three sides."""
     slanted = np.abs(x) * np.float32(np.sqrt(3) / 2) - y / 2
     distance: Floats = np.maximum(slanted, y) - outer / 2
     return distance
 
 
 def draw_array(combination: Combination, offset: tuple[float, float] = (0.0, 0.0)) -> Floats:
-    """The picture as `[PICTURE_SIZE, PICTURE_SIZE, 3]` in 0…1, its shape moved by `offset` (x, y) pixels."""
+    """The picture as `[PICTURE_SIZE, PICTURE_SIZE, 3]` in 0…1, with its shape moved by `offset` (x, y) pixels."""
     x, y = POSITIONS[combination.position]
     covered = coverage(combination.shape, SIZES[combination.size], (x + offset[0], y + offset[1]))[..., None]
     front = np.array(OBJECT_COLOURS[combination.colour], np.float32) / 255
@@ -244,12 +244,12 @@ def draw_array(combination: Combination, offset: tuple[float, float] = (0.0, 0.0
 
 
 def draw(combination: Combination, offset: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
-    """The picture of a combination, RGB, its shape moved by `offset` (x, y) pixels."""
+    """The picture of a combination, RGB, with its shape moved by `offset` (x, y) pixels."""
     return Image.fromarray((draw_array(combination, offset) * 255).round().astype(np.uint8))
 
 
 def draw_jittered(chosen: Sequence[Combination], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Pictures `[len(chosen), PICTURE_SIZE, PICTURE_SIZE, 3]`, each with its own jitter."""
+    """Pictures `[len(chosen), PICTURE_SIZE, PICTURE_SIZE, 3]`, each with its own random offset."""
     offsets = rng.uniform(-JITTER, JITTER, (len(chosen), 2))
     pictures = [np.asarray(draw(combination, (x, y))) for combination, (x, y) in zip(chosen, offsets, strict=True)]
     return np.stack(pictures)

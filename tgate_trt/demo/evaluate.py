@@ -1,7 +1,6 @@
 """Scores a pipeline's pictures by program: `python -m tgate_trt.demo.evaluate [MODEL_DIR]`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,24 +8,24 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
+from tgate_trt.console import console, reporting
 from tgate_trt.demo import GUIDANCE_SCALE, MODEL_DIR, NUM_INFERENCE_STEPS
 from tgate_trt.demo.dataset import ATTRIBUTES, Captioned, examples
 from tgate_trt.demo.scorer import read
-from tgate_trt.errors import InputError, TGateError
+from tgate_trt.errors import InputError
+from tgate_trt.running.drawing import Drawing, draw, prepare
 
 
 @dataclass(frozen=True)
 class Proportion:
-    """`correct` of `total`.
+    """`correct` out of `total`.
 
     Raises:
-        ValueError: when `total` is not positive, or `correct` lies outside of it.
+        ValueError: if `total` is below 1, or `correct` is outside of 0…`total`.
     """
 
     correct: int
@@ -60,58 +59,24 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Score:
-    """How many pictures show what their captions say."""
+    """The numbers of pictures that match their captions."""
 
     overall: Proportion
-    """Pictures with every attribute right."""
+    """Pictures that have every attribute right."""
     attributes: dict[str, Proportion]
-    """For each attribute, pictures that have it right."""
+    """By attribute, the pictures that have it right."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a file of results."""
         return {"overall": self.overall.to_json(), "attributes": {name: share.to_json() for name, share in self.attributes.items()}}
 
 
-def pictures_of(
-    pipeline: Any,
-    prompts: Sequence[str],
-    *,
-    num_inference_steps: int = NUM_INFERENCE_STEPS,
-    guidance_scale: float = GUIDANCE_SCALE,
-    seed: int = 0,
-    batch_size: int = 16,
-    **settings: Any,
-) -> list[Image.Image]:
-    """Generates a picture for each prompt.
-
-    Args:
-        pipeline: any diffusers pipeline from prompts to pictures, called as it stands, scheduler and denoiser included.
-        prompts: what to generate.
-        num_inference_steps: of the scheduler.
-        guidance_scale: of classifier-free guidance.
-        seed: picture i starts from the noise of `seed + i`, whatever the batch size.
-        batch_size: prompts in one call.
-        settings: more keywords of the pipeline's call, such as `height`.
-    """
-    pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        pictures += pipeline(
-            list(batch),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))],
-            **settings,
-        ).images
-    return pictures
-
-
 def score(pictures: Sequence[Image.Image | npt.NDArray[np.uint8]], captioned: Sequence[Captioned]) -> Score:
     """Reads pictures back and compares each with its caption.
 
     Args:
-        pictures: as `tgate_trt.demo.scorer.read` takes them.
-        captioned: what each must show.
+        pictures: see `tgate_trt.demo.scorer.read`.
+        captioned: what each picture must show.
     """
     agreements = [read(picture).agreement(example.combination) for picture, example in zip(pictures, captioned, strict=True)]
     return Score(
@@ -120,59 +85,59 @@ def score(pictures: Sequence[Image.Image | npt.NDArray[np.uint8]], captioned: Se
     )
 
 
-def evaluate(pipeline: Any, captioned: Sequence[Captioned], **settings: Any) -> Score:
+def evaluate(
+    pipeline: Any,
+    captioned: Sequence[Captioned],
+    *,
+    steps: int = NUM_INFERENCE_STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Score:
     """Generates a picture for each caption and reads it back.
 
     Args:
-        pipeline: see `pictures_of`.
-        captioned: what to generate and to expect; `tgate_trt.demo.dataset.examples` draws some.
-        settings: the keywords of `pictures_of`.
+        pipeline: any diffusers pipeline from prompts to pictures, called as it is, with its own scheduler and denoiser.
+        captioned: what to generate and to expect; see `tgate_trt.demo.dataset.examples`.
+        steps: sampling steps.
+        guidance_scale: scale of classifier-free guidance.
+        seed: picture i starts from the noise of ``seed + i``.
+        batch_size: captions in one call.
     """
-    return score(pictures_of(pipeline, [example.caption for example in captioned], **settings), captioned)
+    drawing = Drawing(tuple(example.caption for example in captioned), steps=steps, guidance_scale=guidance_scale, seed=seed)
+    return score([picture for batch in drawing.batches(batch_size) for picture in draw(pipeline, batch)], captioned)
 
 
 def load_pipeline(folder: Path) -> Any:
-    """The diffusers pipeline in a folder, read without the network, its progress bar off.
+    """Loads the diffusers pipeline in a folder, without the network, and turns its progress bar off.
 
     Raises:
-        InputError: when the folder holds none.
+        InputError: if the folder holds no pipeline.
     """
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} holds no diffusers pipeline: expected a model_index.json in it")
+        raise InputError(f"{folder} holds no diffusers pipeline: expected a model_index.json in it; choose another folder")
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return prepare(DiffusionPipeline.from_pretrained(folder, local_files_only=True), None)
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline.")] = MODEL_DIR,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = NUM_INFERENCE_STEPS,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = GUIDANCE_SCALE,
-    samples: Annotated[int, typer.Option(min=1, help="Captions of each side of the split; at most all of it.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the captions and of the noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = NUM_INFERENCE_STEPS,
+    guidance_scale: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = GUIDANCE_SCALE,
+    samples: Annotated[int, typer.Option(min=1, help="Captions from each side of the split, or all of them if there are fewer.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the captions and of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Captions in one call.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and no table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Counts the pictures that show what their captions say, for captions held out of training and for training's own."""
-    console = Console()
-    try:
+    """Counts the pictures that match their captions, for captions held out of training and for captions of the training set."""
+    with reporting(verbose=False):
         pipeline = load_pipeline(model)
-    except TGateError as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False)
-        sys.exit(1)
-    scores = {
-        name: evaluate(
-            pipeline,
-            examples(samples, held_out=held_out, seed=seed),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        for name, held_out in (("held out", True), ("training", False))
-    }
+        sides = {name: examples(samples, held_out=name == "held out", seed=seed) for name in ("held out", "training")}
+        scores = {
+            name: evaluate(pipeline, side, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size)
+            for name, side in sides.items()
+        }
     if as_json:
         settings = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
         print(json.dumps(settings | {name: score.to_json() for name, score in scores.items()}, indent=2))

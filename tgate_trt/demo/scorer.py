@@ -1,12 +1,12 @@
 """Reads the attributes of a picture by program, so that a picture's meaning is measured and not judged by eye.
 
 1. The background's colour is the median of the border.
-2. The shape's colour is the median of the pixels that differ from the background the most.
-3. Each pixel's coverage is where it lies on the line from the one colour to the other.
-4. Position and size are the coverage's centre of mass and its sum.
-5. The shape is the one whose drawing, there and of that area, overlaps the coverage the most.
+2. The shape's colour is the median of the pixels that differ most from the background.
+3. A pixel's coverage is its position on the line from the background's colour to the shape's.
+4. Position and size are the centre of mass and the sum of the coverage.
+5. The shape is the one whose drawing, at that position and with that area, overlaps the coverage most.
 
-What cannot be told (no shape, a colour far from every known one, a form that fits none) reads as None and so counts as wrong.
+An attribute that cannot be read (no shape, a colour far from every known one, a form that fits no shape) is None, and counts as wrong.
 """
 
 from collections.abc import Mapping
@@ -31,21 +31,21 @@ from tgate_trt.demo.dataset import (
 )
 
 COLOUR_TOLERANCE = 60.0
-"""The farthest, in sRGB units of 0…255, that a colour may lie from the one it is read as."""
+"""The largest distance, in sRGB units of 0…255, between a colour and the known colour that it is read as."""
 
 LEAST_CONTRAST = 40.0
-"""The least sRGB distance from the background of a pixel that belongs to a shape."""
+"""The smallest sRGB distance between the background and a pixel of a shape."""
 
 LEAST_AREA = 30.0
-"""The fewest pixels that make a shape; the smallest drawn shape covers about 150."""
+"""The smallest number of pixels of a shape; the smallest drawn shape covers about 150."""
 
 LEAST_OVERLAP = 0.75
-"""The least intersection over union of a shape with its drawing."""
+"""The smallest intersection over union of a shape with its drawing."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The attributes read off a picture; None where one could not be told."""
+    """The attributes of a picture; None for one that could not be read."""
 
     shape: str | None = None
     colour: str | None = None
@@ -63,10 +63,10 @@ class Reading:
 
 
 def read(picture: Image.Image | npt.NDArray[np.uint8]) -> Reading:
-    """The attributes of a picture.
+    """Reads the attributes of a picture.
 
     Args:
-        picture: RGB, as an image or as `[height, width, 3]` of 0…255; scaled to `PICTURE_SIZE` if it has another size.
+        picture: RGB, an image or `[height, width, 3]` in 0…255; it is scaled to `PICTURE_SIZE`.
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if image.size != (PICTURE_SIZE, PICTURE_SIZE):
@@ -103,7 +103,7 @@ def _shape_colour(pixels: Floats, back: Floats) -> Floats | None:
     candidates = contrast[contrast > LEAST_CONTRAST]
     if candidates.size < LEAST_AREA:
         return None
-    inside = contrast >= 0.8 * np.percentile(candidates, 75)  # leaves out the blended pixels of the edge
+    inside = contrast >= 0.8 * np.percentile(candidates, 75)  # excludes the blended pixels of the edge
     median: Floats = np.median(pixels[inside], axis=0)
     return median
 
@@ -114,7 +114,7 @@ def _coverage(pixels: Floats, back: Floats, front: Floats) -> Floats:
 
 
 def _without_noise(covered: Floats) -> Floats:
-    """The coverage with its lowest third set to 0: noise on a background of little contrast reaches that high."""
+    """The coverage with its lowest third set to 0, which noise reaches on a background of low contrast."""
     return np.where(covered < 0.35, 0, covered).astype(np.float32)
 
 
@@ -141,13 +141,13 @@ def _nearest_shape(covered: Floats, area: float, centre: tuple[float, float]) ->
 
 @cache
 def _unit_area(shape: str) -> float:
-    """Pixels that a shape covers, for each square pixel of its squared radius."""
+    """The area of a shape divided by its squared radius."""
     radius = SIZES["large"]
     return float(coverage(shape, radius, (PICTURE_SIZE / 2, PICTURE_SIZE / 2)).sum()) / radius**2
 
 
 def _nearest_size(area: float) -> str:
-    """The size nearest in logarithm, taking an area as a circle's: the shapes of a size differ less than the sizes do."""
+    """The size whose radius is nearest, in logarithm, to that of a circle of this area; shapes of one size have similar areas."""
     radius = np.sqrt(area / _unit_area("circle"))
     return min(SIZES, key=lambda size: abs(np.log(radius / SIZES[size])))
 

@@ -13,6 +13,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -34,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 _PREDICTION = "noise_pred"
 _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
+
+PLANNING, FIDELITY, HAND_OFF = "planning step", "fidelity step", "hand-off"
+"""Parts of a run that an `Observer` surrounds."""
+
+Observer = Callable[[str], AbstractContextManager[object]]
+"""Takes the name of a part, and returns a context in which the part runs."""
 
 
 _READ = frozenset({"add_embedding", "num_parameters", "get_memory_footprint", "save_config"})
@@ -141,6 +148,8 @@ class GatedDenoiser(StandIn):
         sample = next(tensor for tensor in planning.spec.inputs if tensor.name == "sample")
         self._latents: tuple[Any, ...] = sample.shape[2:]
         self._picture = picture or self._latents
+        self.observer: Observer | None = None
+        """Surrounds every run of an engine and every hand-off while it is set, for example to time them."""
         self._low_memory = low_memory and planning is not fidelity
         self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
         self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
@@ -359,7 +368,7 @@ class GatedDenoiser(StandIn):
     def _begin(self, pipeline: Any, frame: FrameType | None, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
-        if guided and not _has_equal_halves(sample):
+        if guided and not has_equal_halves(sample):
             raise GateError(
                 f"a guided batch is the same latents twice, [negative, positive], but these {rows} rows are not; "
                 "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
@@ -377,18 +386,19 @@ class GatedDenoiser(StandIn):
         if self.guidance is not None:
             return self.guidance
         does_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
-        if does_guidance is not None:
-            return bool(does_guidance)
-        return _has_equal_halves(sample)
+        return has_equal_halves(sample) if does_guidance is None else bool(does_guidance)
 
     def _run_planning(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
         """Run the planning engine on the whole batch; hand off its caches at the last planning call."""
         if self._low_memory:
             self.fidelity.unload()
         outputs = self._outputs(self.planning, run.rows)
-        self.planning.run(_inputs(self._planning_inputs, tensors, None), outputs)
+        inputs = _inputs(self._planning_inputs, tensors, None)
+        with self._observed(PLANNING):
+            self.planning.run(inputs, outputs)
         if run.schedule.hands_off(call):
-            self._hand_off(run, outputs)
+            with self._observed(HAND_OFF):
+                self._hand_off(run, outputs)
         return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
 
     def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
@@ -415,7 +425,9 @@ class GatedDenoiser(StandIn):
         after = run.after_gate
         inputs = _inputs(self._fidelity_inputs, tensors, after.half if run.guided else None)
         outputs = self._outputs(self.fidelity, run.images)
-        self.fidelity.run(inputs | self._caches(run), outputs)
+        inputs |= self._caches(run)
+        with self._observed(FIDELITY):
+            self.fidelity.run(inputs, outputs)
         dtype = tensors["sample"].dtype
         if not run.guided:
             return outputs[_PREDICTION].to(dtype, copy=True)
@@ -423,6 +435,9 @@ class GatedDenoiser(StandIn):
         if after.fades:  # [p − w·d, p], of which the pipeline's guidance, n + s·(p − n), makes p + (s − 1)·w·d
             both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
         return both
+
+    def _observed(self, part: str) -> AbstractContextManager[object]:
+        return nullcontext() if self.observer is None else self.observer(part)
 
     def _caches(self, run: _Run) -> dict[str, Tensor]:
         return self._allocated("cache", self._cache_inputs, run.images, self.fidelity.device)
@@ -494,7 +509,7 @@ def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
     return int(found[0])
 
 
-def _has_equal_halves(sample: Tensor) -> bool:
+def has_equal_halves(sample: Tensor) -> bool:
     """Whether the first half of the rows equals the second, as in a batch doubled for guidance."""
     rows = sample.shape[0]
     return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])

@@ -1,23 +1,27 @@
-"""Pictures from a bundle, for one or several gates, and the files that show them."""
+"""What is drawn, the one way to draw it, and the files that show several gates side by side."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError
 from tgate_trt.files import replacing
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, after_gate_of
-from tgate_trt.gate.schedule import GateStep, check_gate_step, parse_gate_step, planning_steps
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, parse_gate_step, planning_steps
+from tgate_trt.running.pipeline import load
 
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -40,65 +44,105 @@ _MARGIN, _LABEL = 12, 22
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to draw, and how."""
+class Drawing:
+    """Pictures to draw. Picture i has prompt i and starts from the noise of ``seed + i``, in batches of any size.
 
-    prompts: tuple[str, ...]
-    negative_prompt: str | None = None
-    steps: int | None = None
-    gate_steps: tuple[str, ...] = ()
-    """As the commands take them; the bundle's own if empty."""
-    after_gate: tuple[str, ...] = (DEFAULT_AFTER_GATE,)
-    """Of `tgate_trt.gate.after_gate.AFTER_GATE`, each with every gate step."""
-    guidance_scale: float | None = None
-    seed: int = 0
-    scheduler: str | None = None
-    images: int = 1
-    """Pictures for each prompt."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """The pictures of one gate."""
-
-    label: str
-    pictures: tuple[Image, ...]
-    """Prompt by prompt, ``images`` of each."""
-    seconds: float
-    """For all of them, without loading and after one warm-up."""
-
-
-def generate(bundle: str | os.PathLike[str], settings: Settings, *, backend: str | None = None, threads: int | None = None) -> list[Column]:
-    """Draw every prompt with every gate, from the same noise.
+    None stands for the model's own value.
 
     Raises:
-        InputError: if a setting is impossible; nothing has been drawn then.
-        BundleError: if the bundle cannot be used.
+        InputError: if ``steps`` is below 1.
     """
-    from tgate_trt.running.pipeline import load
 
-    opened = Bundle.open(bundle)
-    steps = opened.manifest.steps if settings.steps is None else settings.steps
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    gate_steps = [check_gate_step(parse_gate_step(text)) for text in settings.gate_steps] or [opened.manifest.gate_step or "none"]
-    for gate_step in gate_steps:
-        planning_steps(gate_step, steps)
-    for after_gate in settings.after_gate:
-        after_gate_of(after_gate)
-    pipeline = load(opened, backend=backend, threads=threads)
+    prompts: tuple[str, ...] = ()
+    """One for each picture."""
+    negative_prompt: str | None = None
+    """For all pictures."""
+    steps: int | None = None
+    """Sampling steps."""
+    seed: int = 0
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    """A key of `SCHEDULERS`."""
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    """Pixels."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}; choose another number of steps")
+
+    def of(self, bundle: Bundle) -> Drawing:
+        """The same pictures in the size of a bundle, with its model's number of steps and guidance scale where they are None."""
+        manifest = bundle.manifest
+        return replace(
+            self,
+            steps=manifest.steps if self.steps is None else self.steps,
+            guidance_scale=manifest.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            height=manifest.built_for.height,
+            width=manifest.built_for.width,
+        )
+
+    def batches(self, size: int) -> Iterator[Drawing]:
+        """These pictures in batches of at most ``size``, each with the prompts and the noise of its own pictures."""
+        for start in range(0, len(self.prompts), size):
+            yield replace(self, prompts=self.prompts[start : start + size], seed=self.seed + start)
+
+
+def draw(pipeline: Callable[..., Any], drawing: Drawing, **more: Any) -> Any:
+    """Draw all pictures of a drawing in one call of a pipeline.
+
+    Args:
+        pipeline: a diffusers pipeline, called as it is, or a function with the same keywords; see `prepare` for the scheduler.
+        drawing: the pictures.
+        **more: further keywords of the pipeline, such as ``output_type``.
+
+    Returns:
+        The pipeline's ``images``: a list of PIL images, or a tensor if ``output_type`` is ``"pt"`` or ``"latent"``.
+    """
+    count = len(drawing.prompts)
+    arguments = {
+        "negative_prompt": None if drawing.negative_prompt is None else [drawing.negative_prompt] * count,
+        "num_inference_steps": drawing.steps,
+        "guidance_scale": drawing.guidance_scale,
+        "height": drawing.height,
+        "width": drawing.width,
+        # The graphs have one size, from which PixArt's pipelines would depart.
+        "use_resolution_binning": False if "use_resolution_binning" in signature(pipeline).parameters else None,
+    }
+    return pipeline(
+        prompt=list(drawing.prompts),
+        generator=[torch.Generator().manual_seed(drawing.seed + number) for number in range(count)],
+        **{name: value for name, value in arguments.items() if value is not None},
+        **more,
+    ).images
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Pictures with 8 bits a channel, as in a file: ``[pictures, 3, height, width]`` in 0…1 becomes uint8 on the CPU."""
+    return (pictures.float() * 255).round().to(torch.uint8).cpu()
+
+
+def prepare(pipeline: Any, scheduler: str | None) -> Any:
+    """Give a pipeline the scheduler of a drawing, and turn its progress bar off.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        scheduler: a key of `SCHEDULERS`, or None to keep the pipeline's own.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        InputError: if there is no scheduler of that name.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler_of(pipeline, settings.scheduler)
-    arguments = _arguments(opened, settings, steps)
-    return [
-        _column(pipeline, opened, settings, arguments, gate_step, after_gate)
-        for gate_step in gate_steps
-        for after_gate in (settings.after_gate if gate_step != "none" else settings.after_gate[:1])
-    ]
+    pipeline.scheduler = scheduler_of(pipeline, scheduler)
+    return pipeline
 
 
 def scheduler_of(pipeline: Any, name: str | None) -> Any:
-    """A scheduler by name, with the betas and prediction type of the pipeline's own.
+    """A scheduler by name, with the betas and the prediction type of the pipeline's own; the pipeline's own if ``name`` is None.
 
     Raises:
         InputError: if there is no scheduler of that name.
@@ -113,26 +157,100 @@ def scheduler_of(pipeline: Any, name: str | None) -> Any:
     return getattr(diffusers, kind).from_config(pipeline.scheduler.config, **settings)
 
 
-def save(columns: Sequence[Column], settings: Settings, output: Path | None) -> list[Path]:
-    """Write the pictures: one sheet or picture to a ``.png``, or a file a picture into a folder.
+@dataclass(frozen=True)
+class Column:
+    """The pictures of one gate."""
+
+    label: str
+    pictures: tuple[Image.Image, ...]
+    """One for each prompt of the drawing."""
+    seconds: float
+    """Time of all pictures, after one warm-up and without loading."""
+
+
+def draw_columns(
+    bundle: str | os.PathLike[str],
+    drawing: Drawing,
+    *,
+    gate_steps: Sequence[str] = (),
+    after_gate: Sequence[str] = (DEFAULT_AFTER_GATE,),
+    batch_size: int = 1,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> list[Column]:
+    """Draw the same pictures with every gate.
 
     Args:
-        columns: from `generate`.
-        settings: that `generate` was given.
-        output: a ``.png`` file or a folder; ``pictures/<prompt>.png`` if None.
+        bundle: folder of a bundle.
+        drawing: the pictures.
+        gate_steps: as the commands take them; the bundle's own if empty.
+        after_gate: keys of `tgate_trt.gate.after_gate.AFTER_GATE`, each combined with every gate step.
+        batch_size: pictures in one call of the pipeline.
+        backend: see `tgate_trt.load`.
+        threads: see `tgate_trt.load`.
 
     Raises:
-        InputError: if nothing can be written there.
+        InputError: if a setting is impossible; nothing has been drawn then.
+        BundleError: if the bundle cannot be used.
     """
-    output = output or Path("pictures") / f"{_slug(settings.prompts[0])}.png"
+    opened = Bundle.open(bundle)
+    drawing = drawing.of(opened)
+    assert drawing.steps is not None
+    gates = [check_gate_step(parse_gate_step(text)) for text in gate_steps] or [opened.manifest.gate_step or NONE]
+    for gate_step in gates:
+        planning_steps(gate_step, drawing.steps)
+    for mode in after_gate:
+        after_gate_of(mode)
+    pipeline = prepare(load(opened, backend=backend, threads=threads), drawing.scheduler)
+    denoiser = getattr(pipeline, opened.manifest.model.attribute)
+    return [
+        _column(pipeline, denoiser, list(drawing.batches(batch_size)), gate_step, mode)
+        for gate_step in gates
+        for mode in (after_gate if gate_step != NONE else after_gate[:1])
+    ]
+
+
+def _column(pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str) -> Column:
+    """Draw every batch with one gate, after a run of two steps that warms up both engines."""
+    denoiser.after_gate = after_gate
+    denoiser.gate_step = gate_step if gate_step == NONE else 1
+    draw(pipeline, replace(batches[0], steps=2))
+    denoiser.gate_step = gate_step
+    start = time.perf_counter()
+    pictures = tuple(picture for batch in batches for picture in draw(pipeline, batch))
+    return Column(label_of(gate_step, after_gate), pictures, time.perf_counter() - start)
+
+
+def label_of(gate_step: GateStep, after_gate: str) -> str:
+    """The label of a gate; it names what follows the gate unless that is the default."""
+    if gate_step == NONE:
+        return "vanilla"
+    return f"gate step {gate_step}" + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")
+
+
+def save(columns: Sequence[Column], drawing: Drawing, output: Path | None) -> list[Path]:
+    """Write the pictures: one picture or one sheet into a ``.png`` file, or each picture into a folder.
+
+    Args:
+        columns: the result of `draw_columns`.
+        drawing: the drawing that `draw_columns` took.
+        output: a ``.png`` file or a folder; ``pictures/<prompt>.png`` if None.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: if a file cannot be written.
+    """
+    output = output or Path("pictures") / f"{_slug(drawing.prompts[0])}.png"
     try:
         if output.suffix.lower() == ".png":
             output.parent.mkdir(parents=True, exist_ok=True)
             single = columns[0].pictures[0] if len(columns) == 1 and len(columns[0].pictures) == 1 else None
-            _save(single or sheet(columns, settings), output)
+            _save(single or sheet(columns, drawing.prompts), output)
             return [output]
         if output.suffix and not output.is_dir():
-            raise InputError(f"--output takes a .png file or a folder, got {output}")
+            raise InputError(f"--output takes a .png file or a folder, got {output}; choose another --output")
         output.mkdir(parents=True, exist_ok=True)
         paths = []
         for column in columns:
@@ -144,71 +262,27 @@ def save(columns: Sequence[Column], settings: Settings, output: Path | None) -> 
         raise InputError(f"cannot write to {output}: {error.strerror or error}; choose another --output") from error
 
 
-def sheet(columns: Sequence[Column], settings: Settings) -> Image:
-    """All pictures in one: a row a picture under its prompt, a column a gate step."""
-    from PIL import Image, ImageDraw, ImageFont
-
+def sheet(columns: Sequence[Column], captions: Sequence[str]) -> Image.Image:
+    """All pictures in one image: a row for each picture, under its caption, and a column for each gate."""
     width, height = columns[0].pictures[0].size
     scale = max(1, -(-_CELL // min(width, height)))
     cell_width, cell_height = width * scale + _MARGIN, height * scale + _LABEL + _MARGIN
-    rows = len(columns[0].pictures)
     font = ImageFont.load_default(size=13)
-    captions = [prompt for prompt in settings.prompts for _ in range(settings.images)]
     widest = max(int(font.getlength(caption)) for caption in captions)
-    page = Image.new("RGB", (max(len(columns) * cell_width, widest) + _MARGIN, _LABEL + _MARGIN + rows * cell_height), "white")
-    draw = ImageDraw.Draw(page)
+    page_size = max(len(columns) * cell_width, widest) + _MARGIN, _LABEL + _MARGIN + len(captions) * cell_height
+    page = Image.new("RGB", page_size, "white")
+    canvas = ImageDraw.Draw(page)
     for x, column in enumerate(columns):
-        draw.text((_MARGIN + x * cell_width, _MARGIN), f"{column.label}: {column.seconds:.2f} s", "black", font)
+        canvas.text((_MARGIN + x * cell_width, _MARGIN), f"{column.label}: {column.seconds:.2f} s", "black", font)
         for y, picture in enumerate(column.pictures):
             top = _LABEL + _MARGIN + y * cell_height
             page.paste(picture.resize((width * scale, height * scale), Image.Resampling.NEAREST), (_MARGIN + x * cell_width, top + _LABEL))
     for y, caption in enumerate(captions):
-        draw.text((_MARGIN, _LABEL + _MARGIN + y * cell_height + 2), caption, "dimgray", font)
+        canvas.text((_MARGIN, _LABEL + _MARGIN + y * cell_height + 2), caption, "dimgray", font)
     return page
 
 
-def label_of(gate_step: GateStep, after_gate: str) -> str:
-    """How a gate step, and what comes after it unless it is the default, are shown to people."""
-    if gate_step == "none":
-        return "vanilla"
-    return f"gate step {gate_step}" + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")
-
-
-def _arguments(bundle: Bundle, settings: Settings, steps: int) -> dict[str, Any]:
-    """The pipeline's arguments but for prompt and generator."""
-    built_for = bundle.manifest.built_for
-    arguments = {
-        "negative_prompt": settings.negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": settings.guidance_scale if settings.guidance_scale is not None else bundle.manifest.guidance_scale,
-        "num_images_per_prompt": settings.images,
-        "height": built_for.height,
-        "width": built_for.width,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _column(
-    pipeline: Any, bundle: Bundle, settings: Settings, arguments: Mapping[str, Any], gate_step: GateStep, after_gate: str
-) -> Column:
-    """Draw every prompt with one gate; a run of two steps before the clock starts warms the engines up."""
-    import torch
-
-    denoiser = getattr(pipeline, bundle.manifest.model.attribute)
-    pictures: list[Image] = []
-    denoiser.after_gate = after_gate
-    denoiser.gate_step = gate_step if gate_step == "none" else 1
-    pipeline(settings.prompts[0], **{**arguments, "num_inference_steps": 2})
-    denoiser.gate_step = gate_step
-    start = time.perf_counter()
-    for index, prompt in enumerate(settings.prompts):
-        first = settings.seed + index * settings.images
-        generators = [torch.Generator().manual_seed(first + image) for image in range(settings.images)]
-        pictures += pipeline(prompt, **arguments, generator=generators).images
-    return Column(label_of(gate_step, after_gate), tuple(pictures), time.perf_counter() - start)
-
-
-def _save(picture: Image, path: Path) -> None:
+def _save(picture: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all."""
     with replacing(path) as partial:
         picture.save(partial, format="PNG")

@@ -1,8 +1,7 @@
-"""Features: the bank sees what it says; CLIP and Inception are read from files alone and give what the networks give."""
+"""Features: CLIP and Inception are read from files alone, and give what the networks give."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tgate_trt.analysis.features import BANK_FEATURES, bank_features, clip_scores, inception_features
+from tgate_trt.analysis.features import clip_scores, inception_features
 from tgate_trt.errors import InputError
 
 PROMPTS = ["a red circle", "a word " * 60, "blue"]
@@ -19,42 +18,6 @@ PROMPTS = ["a red circle", "a word " * 60, "blue"]
 
 def random_pictures(count: int, side: int = 64) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def grating(wavelength: float, angle: float, amplitude: float) -> Tensor:
-    steps = torch.arange(128.0)
-    phase = 2 * math.pi / wavelength * (steps * math.cos(angle) + steps[:, None] * math.sin(angle))
-    return (0.5 + amplitude * phase.cos()).expand(1, 3, 128, 128)
-
-
-@pytest.mark.parametrize("octave", range(4))
-@pytest.mark.parametrize("orientation", range(4))
-def test_a_wave_is_found_at_its_octave_and_orientation(octave: int, orientation: int) -> None:
-    energies = bank_features(grating(4 * 2**octave, math.pi * orientation / 4, 0.3))[0, :16]
-    assert energies.argmax() == 4 * octave + orientation
-    if octave == 0:  # averaging down takes some of the coarser ones
-        assert energies.max().item() == pytest.approx(math.log(0.3 + 1 / 255), abs=0.1)
-
-
-def test_brightness_moves_the_means_of_luminance_alone() -> None:
-    pictures = 0.5 * random_pictures(2)
-    change = bank_features(pictures + 0.25) - bank_features(pictures)
-    assert change[:, 16:20].flatten().tolist() == pytest.approx([0.25] * 8, abs=1e-6)
-    assert torch.cat([change[:, :16], change[:, 20:]], 1).abs().max() < 1e-6
-
-
-def test_a_mirrored_picture_has_its_quarters_mirrored() -> None:
-    pictures = random_pictures(2)
-    found, mirrored = bank_features(pictures), bank_features(pictures.flip(-1))
-    assert torch.allclose(found[:, 16:28].reshape(2, 3, 2, 2), mirrored[:, 16:28].reshape(2, 3, 2, 2).flip(-1))
-    assert torch.allclose(found[:, [1, 5]], mirrored[:, [3, 7]], atol=0.02)  # the diagonals change places
-
-
-def test_a_large_picture_is_described_like_its_small_copy() -> None:
-    small = random_pictures(2, 256)
-    large = small.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    assert bank_features(large).shape == (2, BANK_FEATURES)
-    assert torch.allclose(bank_features(large), bank_features(small), atol=1e-6)
 
 
 def test_clip_scores_are_100_times_the_cosine(clip_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Measures: equal to what their papers say, computed another way; and doing what a measure of pictures must do."""
+"""Measures: equal to their papers' definitions, computed in another way, and with the properties of a measure of pictures."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_large_pictures_are_measured_like_small_ones(measure: Callable[[Tensor, 
     assert ((strong > slight) if measure is perceptual_distance else (strong < slight)).all()
 
 
-def test_equal_pictures_are_told_as_equal() -> None:
+def test_equal_pictures_measure_as_equal() -> None:
     pictures = random_pictures(3, 3, 64, 48)
     assert perceptual_distance(pictures, pictures).tolist() == [0, 0, 0]
     assert ssim(pictures, pictures).tolist() == pytest.approx([1, 1, 1], abs=1e-12)

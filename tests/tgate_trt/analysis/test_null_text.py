@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tgate_trt.analysis.null_text import TEXT_FIRST, TEXT_LAST, draw, measure, null_prompt, text_steps
-from tgate_trt.analysis.subject import Sampling, Subject
+from tgate_trt.analysis.subject import Subject
 from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.running.drawing import Drawing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,7 +19,7 @@ STEPS = 3
 
 
 def subject_of(bundle: Bundle, *prompts: str, **settings: Any) -> Subject:
-    return Subject(bundle, Sampling(prompts, steps=STEPS, **settings), "onnxruntime")
+    return Subject(bundle, Drawing(prompts, steps=STEPS, **settings), "onnxruntime")
 
 
 def swapped(subject: Subject, order: str, m: int) -> Tensor:

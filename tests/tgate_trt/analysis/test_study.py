@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from tgate_trt.analysis import study
 from tgate_trt.analysis.convergence import ALL_LAYERS
@@ -22,29 +23,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 4
 
-
-def run(*arguments: object) -> Result:
-    """Run the command in this process, and check that it ends without a traceback."""
-    result = CliRunner().invoke(analyze.app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def error_of(result: Result) -> str:
-    """The one sentence of a command that failed on its user's input."""
-    assert result.exit_code == 1, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
+Run = Callable[..., Result]
+ErrorOf = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def results(one_thread: None, sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(run: Run, one_thread: None, sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes for the tiny model."""
     folder = tmp_path_factory.mktemp("analysis")
     prompts = folder / "prompts.txt"
     prompts.write_text("a red fox\n\ntwo birds in a tree\n", encoding="utf-8")
-    result = run(sd_bundle.folder, "--prompts", prompts, "--steps", STEPS, "--samples", 3, "--output", folder / "out")
+    result = run(analyze.app, sd_bundle.folder, "--prompts", prompts, "--steps", STEPS, "--samples", 3, "--output", folder / "out")
     assert result.exit_code == 0, result.output
     files = sorted((folder / "out").iterdir())
     assert [file.name for file in files] == ["analysis-tiny-sd.json", "analysis-tiny-sd.png"]
@@ -78,10 +67,12 @@ def test_results_are_whole(results: dict[str, Any]) -> None:
     assert results["suggestion"]["rule"] == "by_convergence"
 
 
-def test_a_model_becomes_a_bundle_first(tiny_sd_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_becomes_a_bundle_first(run: Run, tiny_sd_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "build", partial(study.build, verify=False, components=False))  # takes a minute less
-    result = run(tiny_sd_configs, "--random-weights", "--prompt", "a fox", "--steps", 2, "--only", "gate", "--json", "found.json")
+    result = run(
+        analyze.app, tiny_sd_configs, "--random-weights", "--prompt", "a fox", "--steps", 2, "--only", "gate", "--json", "found.json"
+    )
     assert result.exit_code == 0, result.output
     Bundle.open(next((tmp_path / "bundles").iterdir()))
     data = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
@@ -93,9 +84,9 @@ def test_a_model_becomes_a_bundle_first(tiny_sd_configs: Path, tmp_path: Path, m
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 @pytest.mark.parametrize("part", ["convergence", "null-text"])
-def test_one_part_makes_a_figure_too(sd_bundle: Bundle, part: str, suffix: str, tmp_path: Path) -> None:
+def test_one_part_makes_a_figure_too(run: Run, sd_bundle: Bundle, part: str, suffix: str, tmp_path: Path) -> None:
     plot = tmp_path / f"figure{suffix}"
-    result = run(sd_bundle.folder, "--prompt", "a fox", "--steps", 2, "--only", part, "--plot", plot)
+    result = run(analyze.app, sd_bundle.folder, "--prompt", "a fox", "--steps", 2, "--only", part, "--plot", plot)
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir()) == [plot] and plot.stat().st_size > 5000
 
@@ -116,22 +107,26 @@ def test_one_part_makes_a_figure_too(sd_bundle: Bundle, part: str, suffix: str, 
     ],
 )
 def test_bad_input_is_one_sentence(
-    sd_bundle: Bundle, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error_of: ErrorOf, sd_bundle: Bundle, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n \n", encoding="utf-8")
-    assert message in error_of(run(sd_bundle.folder, *arguments))
+    assert message in error_of(analyze.app, sd_bundle.folder, *arguments)
 
 
 @pytest.mark.parametrize("model", ["sdxxl", "/nowhere/at/all"])
-def test_a_model_that_is_not_there(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_there(error_of: ErrorOf, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert model in error_of(run(model, "--json", "found.json"))
+    assert model in error_of(analyze.app, model, "--json", "found.json")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_a_figure_names_the_extra(sd_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_a_figure_names_the_extra(
+    run: Run, error_of: ErrorOf, sd_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert 'pip install "tgate-trt[bench]"' in error_of(run(sd_bundle.folder, "--output", tmp_path / "out"))
-    result = run(sd_bundle.folder, "--prompt", "a fox", "--steps", 2, "--only", "convergence", "--json", tmp_path / "found.json")
+    assert 'pip install "tgate-trt[bench]"' in error_of(analyze.app, sd_bundle.folder, "--output", tmp_path / "out")
+    result = run(
+        analyze.app, sd_bundle.folder, "--prompt", "a fox", "--steps", 2, "--only", "convergence", "--json", tmp_path / "found.json"
+    )
     assert result.exit_code == 0, result.output

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from tgate_trt.analysis.outcomes import Outcome, Series, compare
-from tgate_trt.analysis.subject import DEMO_SAMPLES, PROMPTS, Sampling, prompts_of
 from tgate_trt.analysis.suggestion import Difference, by_accuracy, by_convergence, differences_of, smoothed, suggest
 from tgate_trt.demo.dataset import draw, examples
-from tgate_trt.errors import InputError
 
 FALLING = [1.0, 0.9, 0.8, 0.6, 0.3, 0.2, 0.1, 0.1, 0.1]
 """Means of three: 0.95, 0.9, 0.77, 0.57, 0.37 …"""
@@ -87,17 +85,3 @@ def test_pictures_are_read_back_and_compared() -> None:
     assert swapped.correct == (False, False, True)
     assert swapped.distance[0] > 0 and swapped.distance[2] == 0
     assert compare(pictures, pictures, None).correct is None
-
-
-def test_prompts() -> None:
-    captions, captioned = prompts_of(Sampling(seed=3), is_demo=True)
-    assert captioned is not None and [each.caption for each in captioned] == list(captions)
-    assert len(captions) == DEMO_SAMPLES and all(each.combination.held_out for each in captioned)
-    assert prompts_of(Sampling(), is_demo=False) == (PROMPTS, None)
-    assert prompts_of(Sampling(("a", "b"), samples=3), is_demo=False) == (("a", "b", "a"), None)
-    assert prompts_of(Sampling((captions[0], "a cat")), is_demo=True)[1] is None
-    known = prompts_of(Sampling((captions[0],), samples=2), is_demo=True)[1]
-    assert known == (captioned[0], captioned[0])
-    for wrong in ({"samples": 0}, {"steps": 1}):
-        with pytest.raises(InputError):
-            Sampling(**wrong)

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import tgate_trt
 from tgate_trt.analysis import record as files
 from tgate_trt.bench import report
-from tgate_trt.bench.contenders import PARTS, Conditions, Studio
-from tgate_trt.bench.measure import Plan, _scheduler, prepare, refuse_unfair
+from tgate_trt.bench.contenders import PARTS, Studio
+from tgate_trt.bench.measure import Plan, conditions_of, prepare, refuse_unfair, scheduler_for
 from tgate_trt.bench.memory import peak_memory
 from tgate_trt.bench.settings import EAGER, TGATE, Setting
+from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.manifest import EngineSet
+from tgate_trt.bundle.manifest import MANIFEST, TRACE, EngineSet
 from tgate_trt.cli.bench import app
 from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.running.drawing import Drawing, draw
+from tgate_trt.running.drawing import prepare as prepare_pipeline
 
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+Run = Callable[..., Result]
+ErrorOf = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,11 @@ def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
-    """One run over two backends and PyTorch beside them: the record, the folder of its files, what was printed."""
+def measured(run: Run, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """One run over two backends and PyTorch without engines: the record, the folder of its files, and the output."""
     folder = tmp_path_factory.mktemp("results")
     done = run(
-        *(bundle, "--gate-step", "0.25", "--after-gate", "negative,positive", "--backend", "onnxruntime,pytorch"),
+        *(app, bundle, "--gate-step", "0.25", "--after-gate", "negative,positive", "--backend", "onnxruntime,pytorch"),
         *("--beside", "official", "--steps", "4", "--rounds", "2", "--quality", "--samples", "2", "--scheduler", "ddim", "--no-memory"),
         *("--json", folder / "a.json", "--markdown", folder / "a.md", "--plot", folder / "a.png"),
     )
@@ -130,67 +132,71 @@ def test_engines_of_other_versions_are_not_compared(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     engines = {"tensorrt-rtx": EngineSet(files={"planning": "planning.tensorrt-rtx.plan"}, built_with={"tensorrt-rtx": "0.1"})}
     refuse_unfair(opened, ["onnxruntime", "pytorch"])
-    with pytest.raises(StaleBundleError, match=r"a comparison would not be fair: tensorrt-rtx was 0\.1 and is"):
+    with pytest.raises(StaleBundleError, match=r"the comparison would not be fair: tensorrt-rtx was 0\.1 and is"):
         refuse_unfair(dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, engines=engines)), ["tensorrt-rtx"])
 
 
-def test_a_bundle_without_graphs_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Bundle.open(bundle)
-    files = {name: file for name, file in opened.manifest.files.items() if not name.endswith(".onnx")}
-    discarded = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, files=files))
-    monkeypatch.setattr(Bundle, "open", lambda _path: discarded)
-    with pytest.raises(StaleBundleError, match="holds no graphs to count and add to; build it again without --discard-graphs"):
-        prepare(Plan(bundle))
+def test_a_bundle_without_graphs_is_refused(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "discarded"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"] = {name: file for name, file in manifest["files"].items() if name != TRACE}
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / TRACE).unlink()
+    with pytest.raises(StaleBundleError, match="holds no graphs to count and extend; build it again without --discard-graphs"):
+        prepare(Plan(folder))
 
 
 @pytest.mark.parametrize("setting", [Setting(TGATE, "onnxruntime", 1), Setting(EAGER)], ids=["engines", "diffusers"])
 def test_memory_is_that_of_a_process_of_its_own(bundle: Path, setting: Setting) -> None:
-    studio = Studio(Bundle.open(bundle), torch.device("cpu"), Conditions(steps=4, guidance_scale=None, scheduler=None))
-    found = peak_memory(studio, setting, "a red circle")
+    opened = Bundle.open(bundle)
+    found = peak_memory(Studio(opened, torch.device("cpu")), setting, Drawing(("a red circle",), steps=4).of(opened))
     assert found.keys() == {"host", "gpu"}
     assert 50e6 < found["host"] < 5e9, "PyTorch and a tiny model"
     assert (found["gpu"] > 0) == torch.cuda.is_available()
 
 
-def test_what_compilers_say_needs_no_gpu(bundle: Path, tmp_path: Path) -> None:
+def test_pictures_are_those_of_a_loaded_pipeline_whatever_is_timed_and_kept(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    drawing = Drawing(("a red fox", "two birds"), steps=4, scheduler="ddim", seed=5).of(opened)
+    expected = draw(prepare_pipeline(tgate_trt.load(opened, backend="pytorch", gate_step=2), "ddim"), drawing, output_type="pt")
+    settings = [Setting(TGATE, "pytorch", 0.5), Setting(TGATE, "pytorch", 0.5, "positive"), Setting(EAGER)]
+    for keeps_engines in (True, False):
+        with Studio(opened, torch.device("cpu"), "ddim", keeps_engines=keeps_engines) as studio:
+            drawn = []
+            for setting in [*settings, settings[0]]:
+                contender, watch = studio.contender(setting), Stopwatch()
+                contender.warm_up(drawing)
+                drawn.append(contender.draw(drawing, watch, output_type="pt"))
+                assert watch.calls["planning step"] + watch.calls["fidelity step"] == 4
+                assert watch.calls["hand-off"] == (1 if setting.backend else 0)
+            assert torch.equal(drawn[0], expected) and torch.equal(drawn[3], expected)
+            assert not torch.equal(drawn[1], expected) and not torch.equal(drawn[2], expected)
+
+
+def test_what_compilers_say_needs_no_gpu(run: Run, bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    done = run("--kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
+    done = run(app, "--kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
     assert done.exit_code == 0, done.output
     results = files.read(tmp_path / "kernels.json")["results"]
     assert {row["spilled_bytes"] for row in results["resources"]} == {0}
     assert results["fusion"]["ratio"]["median"] > 0
 
 
-@pytest.fixture
-def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """The one sentence of a command that fails."""
+def test_mistakes_are_one_sentence(error_of: ErrorOf, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def failed(*arguments: str | Path) -> str:
-        done = run(*arguments)
-        assert done.exit_code == 1, done.output
-        *_, line = done.output.splitlines()
-        assert line.startswith("error: ")
-        assert "Traceback" not in done.output
-        return line
-
-    return failed
-
-
-def test_mistakes_are_told_in_one_sentence(error_of: Callable[..., str], bundle: Path) -> None:
-    assert "takes the folder of a bundle, got nothing" in error_of()
-    assert "there is no such folder" in error_of("nothing")
-    assert "one measurement at a time, got --macs --probe" in error_of("--macs", "--probe")
-    assert "tgate-bench --build takes one model, got sd15 sd21" in error_of("--build", "sd15", "sd21")
-    assert "there is no figure of --macs" in error_of("--macs", "--plot", "a.png")
-    assert "--plot" in error_of("--probe", "--plot", "a.png")
-    assert "a figure is a file of .png, .svg, .pdf" in error_of(bundle, "--plot", "a.gif")
-    assert "gate_step=9 is more than the 4 steps" in error_of(bundle, "--gate-step", "9", "--steps", "4")
-    assert "--after-gate takes negative, positive, fading, got 'x'" in error_of(bundle, "--after-gate", "x")
-    assert "--rounds must be at least 1, got 0" in error_of(bundle, "--rounds", "0")
-    assert "there is no backend 'abacus'" in error_of(bundle, "--backend", "abacus")
-    assert "there is no scheduler 'x'" in error_of(bundle, "--scheduler", "x")
-    assert "got 'nothing'" in error_of("--macs", "nothing")
+    assert "takes the folder of a bundle, got nothing" in error_of(app)
+    assert "there is no such folder" in error_of(app, "nothing")
+    assert "one measurement at a time, got --macs --probe" in error_of(app, "--macs", "--probe")
+    assert "tgate-bench --build takes one model, got sd15 sd21" in error_of(app, "--build", "sd15", "sd21")
+    assert "there is no figure of --macs" in error_of(app, "--macs", "--plot", "a.png")
+    assert "--plot" in error_of(app, "--probe", "--plot", "a.png")
+    assert "a figure is a file of .png, .svg, .pdf" in error_of(app, bundle, "--plot", "a.gif")
+    assert "gate_step=9 is more than the 4 steps" in error_of(app, bundle, "--gate-step", "9", "--steps", "4")
+    assert "--after-gate takes negative, positive, fading, got 'x'" in error_of(app, bundle, "--after-gate", "x")
+    assert "--rounds must be at least 1, got 0" in error_of(app, bundle, "--rounds", "0")
+    assert "there is no backend 'abacus'" in error_of(app, bundle, "--backend", "abacus")
+    assert "there is no scheduler 'x'" in error_of(app, bundle, "--scheduler", "x")
+    assert "got 'nothing'" in error_of(app, "--macs", "nothing")
 
 
 def test_a_foreign_file_is_no_record(tmp_path: Path) -> None:
@@ -202,15 +208,22 @@ def test_a_foreign_file_is_no_record(tmp_path: Path) -> None:
         files.read(tmp_path / "a.json")
 
 
-def test_growth_goes_on_from_its_own_file_alone(error_of: Callable[..., str], tmp_path: Path) -> None:
+def test_growth_goes_on_from_its_own_file_alone(error_of: ErrorOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"schema": files.SCHEMA, "what": "macs"}), encoding="utf-8")
-    assert "a.json holds results of macs; choose another --json" in error_of("--growth", "--json", "a.json")
+    assert "a.json holds results of macs; choose another --json" in error_of(app, "--growth", "--json", "a.json")
 
 
 @pytest.mark.parametrize(
-    ("own", "wish", "used"), [("PNDM", None, "dpm++"), ("LCM", None, None), ("LCM", "ddim", "ddim"), ("PNDM", "own", None)]
+    ("own", "wanted", "used"), [("PNDM", None, "dpm++"), ("LCM", None, None), ("LCM", "ddim", "ddim"), ("PNDM", "own", None)]
 )
-def test_all_settings_have_one_scheduler(own: str, wish: str | None, used: str | None, tmp_path: Path) -> None:
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": f"{own}Scheduler"}), encoding="utf-8")
-    assert _scheduler(SimpleNamespace(pipeline=tmp_path), wish) == used
+def test_all_settings_have_one_scheduler(own: str, wanted: str | None, used: str | None) -> None:
+    assert scheduler_for(f"{own}Scheduler", wanted) == used
+
+
+def test_a_measurement_draws_the_plans_pictures(bundle: Path) -> None:
+    measurement = prepare(Plan(bundle, Drawing(("a", "b"), steps=4, seed=7), images=2, rounds=2))
+    drawing = Drawing(("a", "b", "a", "b"), steps=4, seed=7, scheduler="dpm++")
+    assert measurement.drawing == drawing.of(measurement.studio.bundle)
+    assert [batch.seed for batch in measurement.drawing.batches(2)] == [7, 9]
+    assert conditions_of(measurement)["prompts"] == ["a", "b"]

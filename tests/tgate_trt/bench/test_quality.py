@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tgate_trt.analysis.features import bank_features, clip_scores
+from tgate_trt.analysis.features import clip_scores, inception_features
 from tgate_trt.analysis.metrics import frechet_distance, perceptual_distance, psnr, ssim
-from tgate_trt.bench.quality import REFERENCE, TRUE_PICTURES, draw, quality, true_pictures
-from tgate_trt.demo import MODEL_DIR
+from tgate_trt.bench.quality import TRUE_PICTURES, quality, true_pictures
 from tgate_trt.demo.dataset import Captioned, Combination, examples
-from tgate_trt.demo.evaluate import Proportion, load_pipeline
+from tgate_trt.demo.evaluate import Proportion
 from tgate_trt.errors import InputError
 
 COUNT = 24
@@ -49,27 +48,20 @@ def test_each_method_is_compared_with_the_baseline(methods: dict[str, Tensor], c
     assert all(estimate.low < estimate.value < estimate.high for estimate in (noisy.psnr, noisy.ssim, noisy.perceptual_distance))
 
 
-def test_distances_of_demo_pictures_are_to_the_true_ones(methods: dict[str, Tensor], captioned: list[Captioned]) -> None:
-    found = quality(methods, "base", captioned=captioned)
-    distances = {name: entry.frechet_distance for name, entry in found.items()}
-    assert {entry.distance_to for entry in found.values()} == {TRUE_PICTURES}
-    features = bank_features(true_pictures(captioned))
-    for name, distance in distances.items():
-        assert distance is not None
-        assert distance.value == pytest.approx(frechet_distance(bank_features(methods[name]), features))
-    assert distances["base"].high < distances["noisy"].low  # type: ignore[union-attr]
-
-
-def test_distances_are_to_a_reference_or_else_to_the_baseline(methods: dict[str, Tensor], captioned: list[Captioned]) -> None:
-    with_reference = quality(methods, "base", captioned=captioned, reference=methods["noisy"])
-    assert {entry.distance_to for entry in with_reference.values()} == {REFERENCE}
-    assert with_reference["noisy"].frechet_distance.value == pytest.approx(0, abs=1e-9)  # type: ignore[union-attr]
-    alone = quality(methods, "base")
+def test_fid_is_to_the_true_pictures_or_else_to_the_baseline(
+    methods: dict[str, Tensor], captioned: list[Captioned], inception_file: Path
+) -> None:
+    with_captions = quality(methods, "base", captioned=captioned, inception=inception_file)
+    assert {entry.distance_to for entry in with_captions.values()} == {TRUE_PICTURES}
+    features = inception_features(true_pictures(captioned), inception_file)
+    for name, entry in with_captions.items():
+        assert entry.fid is not None
+        assert entry.fid.value == pytest.approx(frechet_distance(inception_features(methods[name], inception_file), features))
+    assert with_captions["base"].fid.high < with_captions["noisy"].fid.low  # type: ignore[union-attr]
+    alone = quality(methods, "base", inception=inception_file)
     assert {entry.distance_to for entry in alone.values()} == {"base"}
-    assert alone["base"].frechet_distance is None
-    reverse = with_reference["base"].frechet_distance
-    assert alone["noisy"].frechet_distance.value == pytest.approx(reverse.value)  # type: ignore[union-attr]
-    assert alone["noisy"].semantics is alone["noisy"].clip_score is alone["noisy"].fid is None
+    assert alone["base"].fid is None and alone["noisy"].fid is not None
+    assert alone["noisy"].semantics is alone["noisy"].clip_score is quality(methods, "base")["noisy"].fid is None
 
 
 def test_meaning_is_read_from_the_pictures(captioned: list[Captioned]) -> None:
@@ -105,7 +97,7 @@ def test_all_of_it_is_json(methods: dict[str, Tensor], captioned: list[Captioned
     data = json.loads(json.dumps({name: entry.to_json() for name, entry in found.items()}, allow_nan=False))
     assert data["base"]["likeness"] is None
     assert data["nearly"]["likeness"]["psnr"] is None
-    assert data["noisy"]["likeness"]["ssim"].keys() == data["noisy"]["frechet_distance"].keys() == {"value", "low", "high"}
+    assert data["noisy"]["likeness"]["ssim"].keys() == {"value", "low", "high"}
     assert data["noisy"]["distance_to"] == TRUE_PICTURES
     assert len(data["noisy"]["semantics"]["overall"]["interval"]) == 2
 
@@ -117,22 +109,7 @@ def test_sets_that_are_not_alike_are_refused(methods: dict[str, Tensor], caption
         ({"nearly": base[:5]}, {}, r"base has pictures \[24, 3, 64, 64\], nearly \[5, 3, 64, 64\]"),
         ({"nearly": 2 * base + 1}, {}, r"the pictures of nearly must hold values in 0…1"),
         ({}, {"captioned": captioned[:5]}, "captioned holds 5 captions for 24 pictures"),
-        ({}, {"reference": base[:5]}, r"reference are compared with as many pictures of their size; got \[5, 3, 64, 64\]"),
         (dict.fromkeys(methods, base[:1]), {}, "at least 2 pictures a method"),
     ):
         with pytest.raises(InputError, match=message):
             quality(methods | changes, **{"baseline": "base"} | options)  # type: ignore[arg-type]
-
-
-def test_drawing_gives_the_same_pictures_in_any_batch(captioned: list[Captioned]) -> None:
-    pipeline = load_pipeline(MODEL_DIR)
-    settings = {"steps": 2, "guidance_scale": 2.0}
-    together = draw(pipeline, captioned[:3], batch_size=3, seed=4, **settings)  # type: ignore[arg-type]
-    apart = draw(pipeline, [example.caption for example in captioned[:3]], batch_size=1, seed=4, **settings)  # type: ignore[arg-type]
-    assert together.shape == (3, 3, 64, 64)
-    assert together.dtype == torch.float32
-    assert (together * 255 - (together * 255).round()).abs().max() < 1e-4
-    assert (together - apart).abs().max() < 2.5 / 255
-    later = draw(pipeline, captioned[2:3], seed=6, **settings)  # type: ignore[arg-type]
-    assert (later[0] - together[2]).abs().max() < 2.5 / 255
-    assert (together[0] - together[1]).abs().max() > 0.1

@@ -1,4 +1,4 @@
-"""The data set: what can be drawn, how it is told in words, and which part of it training never sees."""
+"""The data set: its pictures, its captions, and its split."""
 
 import itertools
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tgate_trt.demo.dataset import draw, examples, parse
-from tgate_trt.demo.evaluate import Proportion, evaluate, load_pipeline, pictures_of, score
+from tgate_trt.demo.evaluate import Proportion, evaluate, load_pipeline, score
 from tgate_trt.errors import InputError
 
 
@@ -43,24 +43,9 @@ def test_what_is_drawn_wrong_is_counted_wrong_and_nothing_else() -> None:
 
 def test_pictures_and_arrays_score_alike() -> None:
     captioned = examples(20, held_out=True)
-    pictures = pictures_of(Draughtsman(), [example.caption for example in captioned], batch_size=7)
-    assert len(pictures) == 20
+    pictures = Draughtsman()([example.caption for example in captioned], generator=[torch.Generator()] * 20).images
     assert score([np.asarray(picture) for picture in pictures], captioned) == score(pictures, captioned)
     assert score(pictures, captioned[::-1]).overall.correct < 10
-
-
-def test_each_picture_has_its_own_seed_in_any_batch() -> None:
-    class Dice:
-        """Draws the first number of each generator."""
-
-        def __call__(self, prompt: list[str], *, generator: list[torch.Generator], height: int, **settings: Any) -> SimpleNamespace:
-            numbers = [int(torch.randint(1000, (), generator=one)) for one in generator]
-            return SimpleNamespace(images=[(text, number, height) for text, number in zip(prompt, numbers, strict=True)])
-
-    prompts = [f"prompt {number}" for number in range(5)]
-    drawn = [pictures_of(Dice(), prompts, seed=3, batch_size=size, height=8) for size in (1, 2, 5)]
-    assert drawn[0] == drawn[1] == drawn[2]
-    assert drawn[0] == [(f"prompt {i}", int(torch.randint(1000, (), generator=torch.Generator().manual_seed(3 + i))), 8) for i in range(5)]
 
 
 def test_the_interval_is_wilsons() -> None:

@@ -1,4 +1,4 @@
-"""The shipped weights: they load without a network, are small, and draw what captions say that training never saw."""
+"""The shipped weights: they load without a network, are small, and draw captions that training never used."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def test_other_schedulers_take_over_what_they_need(pipeline: Any) -> None:
 
 def test_held_out_captions_are_drawn_right(pipeline: Any) -> None:
     captioned = examples(24, held_out=True, seed=7)
-    score = evaluate(pipeline, captioned, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE, seed=7)
+    score = evaluate(pipeline, captioned, steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE, seed=7)
     assert score.overall.fraction >= 0.75, {name: str(share) for name, share in score.attributes.items()}
 
 

@@ -1,6 +1,6 @@
-"""Every stage of the training, a few tiny steps each, and going on after a kill."""
+"""Every stage of the training, for a few tiny steps, and its continuation after a kill."""
 
-import io
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from rich.console import Console
 from torch import nn
 
 from tgate_trt.demo.dataset import Combination, examples
 from tgate_trt.demo.training.architecture import CAPTION_TOKENS, LATENT_CHANNELS, LATENT_SIZE, caption_words, make_tokenizer, make_vae
 from tgate_trt.demo.training.fitting import Recipe, fit
-from tgate_trt.demo.training.reporting import Reporter
 from tgate_trt.demo.training.stages import NOT_NAMED, standardise, tokenize, training_caption
 from tgate_trt.demo.training.train import Settings, train
 from tgate_trt.errors import InputError
-
-QUIET = Reporter(Console(file=io.StringIO()))
 
 
 def tiny(steps: int) -> Recipe:
@@ -44,7 +40,7 @@ def fit_line(checkpoint: Path, recipe: Recipe, *, killed_at: int | None = None, 
         x = torch.randn(recipe.batch_size, 3, generator=generator)
         return (line(x) - x.sum(1, keepdim=True)).square().mean()
 
-    fit(line, loss, recipe, stage="line", seed=seed, checkpoint=checkpoint, reporter=QUIET)
+    fit(line, loss, recipe, stage="line", seed=seed, checkpoint=checkpoint)
     return line
 
 
@@ -69,6 +65,14 @@ def test_a_finished_fit_is_not_run_again(tmp_path: Path) -> None:
 def test_a_fit_learns(tmp_path: Path) -> None:
     line = fit_line(tmp_path / "line.pt", replace(tiny(300), learning_rate=0.1))
     assert torch.allclose(line.weight, torch.ones(1, 3), atol=0.05)
+
+
+def test_each_step_is_logged_with_its_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="tgate_trt")
+    fit_line(tmp_path / "line.pt", tiny(2))
+    half, whole, done = caplog.records
+    assert (half.progress, whole.progress) == (0.5, 1.0)  # type: ignore[attr-defined]
+    assert half.getMessage().startswith("line, loss ") and done.getMessage() == f"{whole.getMessage()}: done"
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -121,7 +125,7 @@ def test_standardising_latents_changes_no_picture() -> None:
 def test_training_writes_a_pipeline_that_draws(tmp_path: Path) -> None:
     settings = Settings(text_encoder=tiny(2), vae=tiny(2), unet=replace(tiny(2), average=0.9), pictures=1, captions=1)
     (tmp_path / "shapes").mkdir()
-    train(tmp_path / "shapes", tmp_path / "work", settings=settings, device=torch.device("cpu"), reporter=QUIET)
+    train(tmp_path / "shapes", tmp_path / "work", settings=settings, device=torch.device("cpu"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "shapes", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline("a red circle", num_inference_steps=2, output_type="latent").images
@@ -132,5 +136,5 @@ def test_training_writes_a_pipeline_that_draws(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(InputError, match="not replaced"):
-        train(tmp_path, tmp_path / "work", settings=Settings(), device=torch.device("cpu"), reporter=QUIET)
+        train(tmp_path, tmp_path / "work", settings=Settings(), device=torch.device("cpu"))
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]

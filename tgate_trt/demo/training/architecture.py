@@ -1,4 +1,4 @@
-"""The parts of the demo model before training, small enough that two CPU cores can train them in an hour or two."""
+"""The untrained parts of the demo model, small enough for two CPU cores to train in an hour or two."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tgate_trt.demo.dataset import ATTRIBUTES, PICTURE_SIZE, SHORT_TEMPLATES, SYNONYMS, TEMPLATES
 
 CAPTION_TOKENS = 24
-"""Tokens of an encoded prompt, with start, end and padding; the longest caption has 18."""
+"""Tokens of an encoded prompt, including start, end and padding; the longest caption has 18."""
 
 TEXT_WIDTH = 128
 """Channels of a token's embedding."""
@@ -20,20 +20,20 @@ TEXT_WIDTH = 128
 LATENT_CHANNELS = 4
 
 LATENT_SIZE = PICTURE_SIZE // 4
-"""At 8× smaller width and height the autoencoder, even with 16 or 32 channels, takes several times as long to learn shapes."""
+"""With an 8× smaller width and height, even of 16 or 32 channels, the autoencoder takes several times as long to learn shapes."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def caption_words() -> list[str]:
-    """Every word that a caption can hold, sorted."""
+    """Every word that can occur in a caption, sorted."""
     values = [word for names in ATTRIBUTES.values() for name in names for word in SYNONYMS.get(name, (name,))]
     plain = [re.sub(r"{\w+}", " ", template) for template in (*TEMPLATES, *SHORT_TEMPLATES)]
     return sorted(set(re.findall(r"[a-z]+", " ".join([*values, *plain]))))
 
 
 def make_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer for which each of `words` is one token; other text falls to letters, digits and punctuation."""
+    """A CLIP tokenizer for which each of `words` is one token; other text becomes letters, digits and punctuation."""
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"()-")
     merges = byte_pair_merges(words)
     tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END])
@@ -42,7 +42,7 @@ def make_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
 
 
 def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in order, that join each word's letters to one token (Sennrich et al., 2016, algorithm 1)."""
+    """Byte-pair merges, in order, that join the letters of each word into one token (Sennrich et al., 2016, algorithm 1)."""
     spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for symbols in spelled for pair in itertools.pairwise(symbols)):
@@ -63,7 +63,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's causal text transformer, narrow; its final layer norm keeps what the denoiser sees at unit scale."""
+    """CLIP's causal text transformer, narrow; its final layer norm gives the denoiser states of unit scale."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -80,7 +80,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder to latents `[LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]`; slim at full width, where its time goes."""
+    """An autoencoder to latents `[LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]`, with few channels at full size, where it spends its time."""
     widths = (16, 32, 64)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -88,14 +88,14 @@ def make_vae() -> AutoencoderKL:
         block_out_channels=widths,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=1,  # a picture's flat colour is all but lost to norms over few channels
+        norm_num_groups=1,  # norms over few channels remove most of a flat colour
         mid_block_add_attention=False,
         sample_size=PICTURE_SIZE,
     )
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A denoiser with cross-attention at each of its levels, 16×16 to 2×2; padding tells the lower ones where they are."""
+    """A denoiser with cross-attention at each level, 16×16 to 2×2; the lower levels infer positions from the padding."""
     widths = (32, 64, 64, 96)
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -107,13 +107,13 @@ def make_unet() -> UNet2DConditionModel:
         block_out_channels=widths,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=tuple(width // 32 for width in widths),  # diffusers reads it as numbers of heads: 32 channels each
+        attention_head_dim=tuple(width // 32 for width in widths),  # diffusers reads this as the number of heads: 32 channels each
         norm_num_groups=8,
     )
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ on the linear schedule, which ends at an SNR near zero but not zero, so that other schedulers work too."""
+    """DPM-Solver++ on the linear schedule, whose last SNR is near zero but not zero, so that other schedulers work too."""
     scheduler = DPMSolverMultistepScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -123,12 +123,12 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
         steps_offset=1,
         algorithm_type="dpmsolver++",
     )
-    # Not for this scheduler, but for those that are made from its configuration: latents go beyond -1…1.
+    # For schedulers made from this configuration, not for this one: latents exceed -1…1.
     scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True)
     return scheduler
 
 
 def noise_levels(scheduler: DPMSolverMultistepScheduler) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal's and noise's share at each training timestep, both `[1000]`: sqrt(ᾱ) and sqrt(1 - ᾱ)."""
+    """The shares of signal and noise at each training timestep, both `[1000]`: sqrt(ᾱ) and sqrt(1 - ᾱ)."""
     cumulative = scheduler.alphas_cumprod
     return cumulative.sqrt(), (1 - cumulative).sqrt()

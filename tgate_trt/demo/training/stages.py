@@ -1,9 +1,10 @@
-"""The stages of training, each a function from finished parts to the next one: text encoder, autoencoder, denoiser.
+"""The stages of training: text encoder, autoencoder, denoiser. Each is a function from the finished parts to the next one.
 
-The text encoder is trained first and alone, as CLIP's are: learnt together with the denoiser, positions stay at chance for
-thousands of steps. Pictures and captions are encoded once, so that a step of the denoiser costs the denoiser alone.
+The text encoder is trained first and alone, like CLIP's: when it learns together with the denoiser, positions stay at chance for
+thousands of steps. Pictures and captions are encoded once, so that a step of the denoiser costs nothing but the denoiser.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,45 +30,45 @@ from tgate_trt.demo.dataset import (
     examples,
 )
 from tgate_trt.demo.training.architecture import TEXT_WIDTH, make_scheduler, make_text_encoder, make_unet, make_vae, noise_levels
-from tgate_trt.demo.training.fitting import Loss, Recipe, fit
-from tgate_trt.demo.training.reporting import Reporter
+from tgate_trt.demo.training.fitting import Loss, Recipe, StageLog, fit
+
+logger = logging.getLogger(__name__)
 
 SHORT_CAPTIONS = 0.1
-"""The share of training captions that leave attributes open."""
+"""The share of training captions that do not name every attribute."""
 
 EMPTY_CAPTIONS = 0.1
-"""The share of the denoiser's training captions that are replaced by the empty one, for classifier-free guidance."""
+"""The share of the denoiser's training captions that the empty caption replaces, for classifier-free guidance."""
 
 SHAPE_WEIGHT = 5.0
-"""How much more a pixel of the shape counts to the autoencoder than one of the background, which covers most of a picture."""
+"""Weight of a shape's pixel in the autoencoder's loss; a background pixel has 1, and most pixels are background."""
 
 WHOLE_PICTURES_FROM = 0.85
-"""The share of the autoencoder's steps after which it sees whole pictures."""
+"""The share of the autoencoder's steps after which it trains on whole pictures."""
 
 KL_WEIGHT = 1e-6
 
 NOT_NAMED = -100
-"""The label that cross-entropy leaves out."""
+"""The label that cross-entropy ignores."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every stage works with."""
+    """The folder, device and seed of all stages."""
 
     work: Path
     """Folder of the checkpoints."""
     device: torch.device
     seed: int
-    reporter: Reporter
 
     def fit(self, module: nn.Module, loss: Loss, recipe: Recipe, stage: str) -> None:
-        """Trains `module` in place from this stage's checkpoint on."""
+        """Trains `module` in place, from this stage's checkpoint if there is one."""
         checkpoint = self.work / f"{stage.replace(' ', '_')}.pt"
-        fit(module, loss, recipe, stage=stage, seed=self.seed, checkpoint=checkpoint, reporter=self.reporter)
+        fit(module, loss, recipe, stage=stage, seed=self.seed, checkpoint=checkpoint)
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe, bench: Bench) -> CLIPTextModel:
-    """A text encoder whose states, from the caption's end on, tell a linear head every attribute that the caption names."""
+    """Trains a text encoder from whose states, at and after the caption's end, linear heads read every attribute that it names."""
     torch.manual_seed(bench.seed)
     encoder = make_text_encoder(tokenizer)
     heads = nn.ModuleDict({attribute: nn.Linear(TEXT_WIDTH, len(values)) for attribute, values in ATTRIBUTES.items()})
@@ -84,12 +85,13 @@ def train_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe, bench: Bench) -
         return torch.stack(losses).sum()
 
     bench.fit(module, loss, recipe, "text encoder")
-    bench.reporter.say(f"text encoder: {_captions_understood(tokenizer, encoder, heads, bench.device):.1%} of held-out captions understood")
+    understood = _captions_understood(tokenizer, encoder, heads, bench.device)
+    logger.info("text encoder: %.1f %% of held-out captions understood", 100 * understood)
     return encoder.requires_grad_(False)
 
 
 def training_caption(combination: Combination, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
-    """A wording by chance, now and then a short one, and its labels in the order of `ATTRIBUTES`."""
+    """A random wording, sometimes a short one, and its labels in the order of `ATTRIBUTES`."""
     templates = SHORT_TEMPLATES if rng.random() < SHORT_CAPTIONS else TEMPLATES
     template = templates[rng.integers(len(templates))]
     labels = (label if f"{{{name}}}" in template else NOT_NAMED for name, label in zip(ATTRIBUTES, combination.labels, strict=True))
@@ -103,11 +105,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def _captions_understood(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, heads: nn.ModuleDict, device: torch.device) -> float:
+    """The share of held-out captions from which the heads read every attribute."""
     held_out = examples(held_out=True)
     pooled = encoder(tokenize(tokenizer, [example.caption for example in held_out]).to(device)).pooler_output
-    told = torch.stack([head(pooled).argmax(-1) for head in heads.values()], -1).cpu()
+    predicted = torch.stack([head(pooled).argmax(-1) for head in heads.values()], -1).cpu()
     expected = torch.tensor([example.combination.labels for example in held_out])
-    return float((told == expected).all(-1).float().mean())
+    return float((predicted == expected).all(-1).float().mean())
 
 
 def draw_training_set(each: int, bench: Bench) -> torch.Tensor:
@@ -118,15 +121,15 @@ def draw_training_set(each: int, bench: Bench) -> torch.Tensor:
 
 
 def train_vae(pictures: torch.Tensor, recipe: Recipe, bench: Bench) -> AutoencoderKL:
-    """An autoencoder of the drawn pictures, whose latents have mean 0 and standard deviation 1 in each channel.
+    """Trains an autoencoder whose latents have mean 0 and standard deviation 1 in each channel.
 
-    Most of its steps see only the shape's surroundings, a quarter of a picture, for the rest of it is flat and soon learnt;
-    the last ones see whole pictures, over which its group norms will have to work.
+    Most steps use only the shape and its surroundings, a quarter of a picture, because the rest is flat and soon learnt. The
+    last steps use whole pictures, on which the group norms must work later.
 
     Args:
-        pictures: of the training combinations, `[combinations, each, 3, height, width]`, uint8.
+        pictures: pictures of the training combinations, `[combinations, each, 3, height, width]`, uint8.
         recipe: how to optimise.
-        bench: where.
+        bench: folder, device and seed.
     """
     torch.manual_seed(bench.seed)
     vae = make_vae().to(bench.device, memory_format=torch.channels_last)
@@ -156,7 +159,7 @@ def train_vae(pictures: torch.Tensor, recipe: Recipe, bench: Bench) -> Autoencod
 
 
 def _crop(pictures: torch.Tensor, centres: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A square of half the width about each shape, a few pixels off its position by chance."""
+    """A square of half the width around each shape, moved by a few random pixels."""
     side = pictures.shape[-1] // 2
     corners = centres - side // 2 + torch.randint(-6, 7, centres.shape, generator=generator)
     corners = corners.long().clamp(0, pictures.shape[-1] - side)
@@ -169,24 +172,24 @@ def _to_model(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _on_shape(pictures: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """1 where a pixel is not wholly of the background, else 0, `[batch, 1, height, width]`."""
+    """1 where a pixel differs from the background, else 0, `[batch, 1, height, width]`."""
     return ((pictures - backgrounds[:, :, None, None]).abs().amax(1, keepdim=True) > 6).float()
 
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Folds `(latents - mean) / std` of each channel into the 1×1 convolutions on the latents' two sides: pictures stay the same.
+    """Folds `(latents - mean) / std` of each channel into the 1×1 convolutions before and after the latents; pictures stay the same.
 
     Args:
-        vae: changed in place.
-        mean: of its latents' channels, `[LATENT_CHANNELS]`.
-        std: of its latents' channels, `[LATENT_CHANNELS]`.
+        vae: the autoencoder, changed in place.
+        mean: mean of each channel of its latents, `[LATENT_CHANNELS]`.
+        std: standard deviation of each channel of its latents, `[LATENT_CHANNELS]`.
     """
     mean, std = mean.to(vae.device), std.to(vae.device)
     before, after = vae.quant_conv, vae.post_quant_conv
     after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight *= std[None, :, None, None]
-    before.bias -= torch.cat([mean, 2 * std.log()])  # the encoder gives means, then logarithms of variances
+    before.bias -= torch.cat([mean, 2 * std.log()])  # the encoder returns means, then logarithms of variances
     scale = torch.cat([1 / std, torch.ones_like(std)])
     before.weight *= scale[:, None, None, None]
     before.bias *= scale
@@ -196,35 +199,34 @@ def standardise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> No
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor, bench: Bench) -> torch.Tensor:
     """Latents `[count, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]` of uint8 pictures `[count, 3, height, width]`, on the CPU."""
-    latents = []
-    with bench.reporter.stage("encode pictures", total=len(pictures)) as progress:
-        for start in range(0, len(pictures), 64):
-            batch = _to_model(pictures[start : start + 64], bench.device)
-            latents.append(vae.encode(batch).latent_dist.mode().cpu().contiguous())
-            progress.advance(count=len(batch))
+    latents, log = [], StageLog("encode pictures", len(pictures))
+    for start in range(0, len(pictures), 64):
+        batch = _to_model(pictures[start : start + 64], bench.device)
+        latents.append(vae.encode(batch).latent_dist.mode().cpu().contiguous())
+        log.advance(count=len(batch))
     return torch.cat(latents)
 
 
 @torch.no_grad()
 def encode_captions(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, captions: Sequence[str], device: torch.device) -> torch.Tensor:
-    """States `[len(captions), CAPTION_TOKENS, TEXT_WIDTH]` as the pipeline's denoiser sees them, on the CPU."""
+    """States `[len(captions), CAPTION_TOKENS, TEXT_WIDTH]` as the pipeline gives them to the denoiser, on the CPU."""
     batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
     return torch.cat([encoder(tokenize(tokenizer, batch).to(device)).last_hidden_state.cpu() for batch in batches])
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The training set as the denoiser sees it; its two tensors' rows go over the same combinations, in the same order."""
+    """The training set of the denoiser; the rows of its first two tensors are the same combinations in the same order."""
 
     latents: torch.Tensor
-    """`[combinations, pictures of each, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]`"""
+    """`[combinations, pictures of each, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE]`."""
     captions: torch.Tensor
-    """`[combinations, captions of each, CAPTION_TOKENS, TEXT_WIDTH]`"""
+    """`[combinations, captions of each, CAPTION_TOKENS, TEXT_WIDTH]`."""
     empty: torch.Tensor
     """The empty caption, `[CAPTION_TOKENS, TEXT_WIDTH]`."""
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and captions of combinations, pictures and wordings by chance; some captions are the empty one."""
+        """Latents and captions of random combinations, pictures and wordings; some captions are the empty one."""
         count, pictures, wordings = self.latents.shape[0], self.latents.shape[1], self.captions.shape[1]
         rows = torch.randint(count, (size,), generator=generator)
         latents = self.latents[rows, torch.randint(pictures, (size,), generator=generator)]
@@ -249,7 +251,7 @@ def encode_training_set(
 
 
 def train_unet(encoded: Encoded, recipe: Recipe, bench: Bench) -> UNet2DConditionModel:
-    """A denoiser that predicts the velocity (Salimans and Ho, 2022), which weighs high noise, where positions are decided."""
+    """Trains a denoiser to predict velocity (Salimans and Ho, 2022), which gives weight to high noise, where positions are decided."""
     torch.manual_seed(bench.seed)
     unet = make_unet().to(bench.device, memory_format=torch.channels_last)
     scheduler = make_scheduler()
@@ -259,7 +261,7 @@ def train_unet(encoded: Encoded, recipe: Recipe, bench: Bench) -> UNet2DConditio
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         latents, captions = encoded.batch(recipe.batch_size, generator)
         noise = torch.randn(latents.shape, generator=generator)
-        # One timestep from each of batch_size equal stretches: less variance than as many independent ones.
+        # One timestep from each of batch_size equal intervals: less variance than independent timesteps.
         stretch = torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)
         timesteps = (stretch * count / len(latents)).long().clamp(max=count - 1)
         a, b = signal[timesteps].view(-1, 1, 1, 1), noise_share[timesteps].view(-1, 1, 1, 1)
@@ -269,7 +271,7 @@ def train_unet(encoded: Encoded, recipe: Recipe, bench: Bench) -> UNet2DConditio
         return functional.mse_loss(predicted, velocity.to(bench.device))
 
     if bench.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # on a CPU PyTorch's fused attention takes twice the time of plain products
+        unet.set_attn_processor(AttnProcessor())  # on a CPU, PyTorch's fused attention takes twice as long as plain products
     bench.fit(unet, loss, recipe, "denoiser")
     unet.set_default_attn_processor()
     return unet.requires_grad_(False)

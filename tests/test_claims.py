@@ -1,0 +1,372 @@
+"""Each claim of the README has a command and a test in docs/claims.md, and each figure of README and docs is that of its record."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import shlex
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+NO_CLAIMS = "## More"
+"""The README's part that holds links alone."""
+
+UNITS = {"ms": 1e3, "s": 1.0, "%": 100.0, "GB": 1e-9, "MB": 1e-6, "M": 1e-6, "": 1.0}
+"""What a value of a record, in seconds, bytes or shares, is multiplied by to be shown."""
+
+WITH_UNIT = re.compile(r"\d[\d,]*(?:\.\d+)?\s(?:ms|s|%|GB|MB)(?!\w)")
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\w)")
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def record(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def at(name: str, place: str) -> float:
+    """The number at a place of a record, such as ``results / settings / vanilla / seconds / median``."""
+    value = record(name)
+    for key in place.split(" / "):
+        value = value[key]
+    return float(value)
+
+
+def shown_as(figure: str, value: float) -> str:
+    """A value as a figure shows one: with its unit and its number of decimals."""
+    number, _, unit = figure.partition(" ")
+    decimals = len(number.partition(".")[2])
+    return f"{value * UNITS[unit]:,.{decimals}f} {unit}".strip()
+
+
+def rows_of(text: str, first_column: str) -> list[list[str]]:
+    """The rows of the table whose first column has a title; its heading first."""
+    rows: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if rows or cells[0] == first_column:
+                rows.append(cells)
+        elif rows:
+            break
+    assert rows, f"there is no table {first_column!r}"
+    return [rows[0], *rows[2:]]
+
+
+def plain(text: str) -> str:
+    """Markdown without links, emphasis, code marks and line breaks."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return " ".join(re.sub(r"[*`]", "", text).split())
+
+
+def sentences_of_readme() -> list[str]:
+    """Every sentence of the README's prose, in order."""
+    text = re.sub(r"^```.*?^```", "", page("README.md"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^!\[.*$|^\|.*$|^#+ .*$", "", text.partition(NO_CLAIMS)[0], flags=re.MULTILINE)
+    text = re.sub(r"^> ?(- )?", lambda quote: "\n\n" if quote.group(1) else "", text, flags=re.MULTILINE)
+    paragraphs = filter(None, (plain(paragraph) for paragraph in re.split(r"\n\s*\n", text)))
+    return [sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z])", paragraph)]
+
+
+class Claim(NamedTuple):
+    """A row of the first table of docs/claims.md."""
+
+    sentence: str
+    command: str
+    tests: str
+
+
+class Figure(NamedTuple):
+    """A row of the second."""
+
+    where: str
+    column: str
+    shown: str
+    record: str
+    place: str
+
+
+CLAIMS = [Claim(plain(sentence), command.strip("`"), tests) for sentence, command, tests in rows_of(page("docs/claims.md"), "claim")[1:]]
+FIGURES = [Figure(*cells[:4], cells[4].strip("`")) for cells in rows_of(page("docs/claims.md"), "row or sentence")[1:]]
+
+
+def test_sentences_are_found() -> None:
+    assert len(sentences_of_readme()) > 15
+    assert "Status: no GPU has run any of this yet." in sentences_of_readme()
+
+
+def test_every_sentence_is_a_claim_and_every_claim_a_sentence() -> None:
+    assert [claim.sentence for claim in CLAIMS] == sentences_of_readme()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.sentence[:40])
+def test_every_claim_has_a_test_that_exists(claim: Claim) -> None:
+    names = re.findall(r"`([^`]+)`", claim.tests)
+    assert names
+    for name in names:
+        path, _, function = name.partition("::")
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.sentence[:40])
+def test_every_claim_has_a_command_that_exists(claim: Claim) -> None:
+    name, *arguments = shlex.split(claim.command)
+    if name == "make":
+        assert re.search(rf"^{arguments[0]}:", page("Makefile"), re.MULTILINE)
+    else:
+        assert any(line.strip().startswith(claim.command.partition(" ")[0]) for line in page("README.md").splitlines())
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.where[:30]}, {figure.column}, {figure.shown}")
+def test_every_figure_is_that_of_its_record(figure: Figure) -> None:
+    assert shown_as(figure.shown, at(figure.record, figure.place)) == figure.shown
+
+
+def readme_cells() -> Iterator[tuple[str, str, str]]:
+    """Row, column and text of every cell with a figure in the README's table."""
+    heading, *rows = rows_of(page("README.md"), "25 steps, 2 CPU cores")
+    for label, *cells in rows:
+        yield from ((label, column, cell) for column, cell in zip(heading[1:-1], cells[:-1], strict=True) if NUMBER.search(cell))
+
+
+def test_every_figure_of_the_readme_has_a_row() -> None:
+    known: dict[tuple[str, str], list[str]] = {}
+    for figure in FIGURES:
+        known.setdefault((figure.where, figure.column), []).append(figure.shown)
+    cells = {(label, column): cell for label, column, cell in readme_cells()}
+    sentences = {(sentence, "–"): sentence for sentence in sentences_of_readme() if WITH_UNIT.search(sentence)}
+    for (label, column), cell in cells.items():
+        assert [re.sub(r"[^\d.,]", "", shown) for shown in known.pop((label, column))] == NUMBER.findall(cell)
+    for sentence, _ in sentences:
+        (where,) = [key for key in known if key[1] == "–" and sentence.startswith(key[0])]
+        assert known.pop(where) == WITH_UNIT.findall(sentence)
+    assert not known, "each row is of a figure that the README shows"
+
+
+def test_the_table_is_short() -> None:
+    heading, *rows = rows_of(page("README.md"), "25 steps, 2 CPU cores")
+    assert len(rows) <= 5
+    assert all(row[-1].startswith("`make bench") for row in rows)
+    assert heading[-1] == "command"
+
+
+def test_the_demo_draws_what_its_caption_names() -> None:
+    from tgate_trt.models.architectures import ARCHITECTURES
+
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--gate-step none --gate-step 10 --gate-step 5 " in done.stdout
+    assert "--steps" not in done.stdout
+    assert ARCHITECTURES["shapes"].steps == 25
+
+
+def test_no_record_is_of_a_gpu() -> None:
+    """A record of a GPU makes the status in the README untrue: mend that with the record."""
+    for path in RESULTS.glob("*.json"):
+        assert record(path.name).get("machine", {}).get("gpu") is None, path.name
+
+
+def test_ratios_of_records_are_medians_within_a_round() -> None:
+    settings = record("bench-shapes.json")["results"]["settings"]
+    for setting in settings.values():
+        times, vanilla = setting["seconds"]["samples"], settings[setting["baseline"]]["seconds"]["samples"]
+        ratios = [one / other for one, other in zip(times, vanilla, strict=True)]
+        assert statistics.median(ratios) == pytest.approx(setting["ratio"]["median"])
+    drop, gated = settings["cfg-drop g=10, onnxruntime"], settings["T-GATE g=10, onnxruntime"]
+    assert gated["ratio"]["median"] / drop["ratio"]["median"] < 0.96 < gated["seconds"]["median"] / drop["seconds"]["median"]
+
+
+def test_compiled_diffusers_is_faster_than_our_gated_pytorch_engine() -> None:
+    place = "results / settings / {} / seconds / median"
+    compiled, ours = (at("bench-shapes.json", place.format(name)) for name in ("torch.compile", "T-GATE g=10, pytorch"))
+    assert compiled < ours
+
+
+def test_records_with_uncommitted_changes_are_named() -> None:
+    named = {}
+    for records, commit, changed in rows_of(page("docs/performance.md"), "record")[1:]:
+        for name in re.findall(r"results/([\w-]+\.json)", records):
+            named[name] = (commit.strip("`"), "yes" in changed)
+    for path in RESULTS.glob("*.json"):
+        commit = record(path.name).get("commit")
+        if commit is not None:
+            assert named.pop(path.name) == (commit[:7], commit.endswith("with changes")), path.name
+    assert not named
+    assert all(record(figure.record)["commit"].endswith("with changes") for figure in FIGURES), "the README has it so of all its records"
+
+
+def test_the_pictures_of_the_performance_page_are_those_of_the_readme() -> None:
+    heading = "one picture, p50 (median ratio to vanilla)"
+    theirs = [[NUMBER.findall(cell) for cell in cells[1:]] for cells in rows_of(page("docs/performance.md"), heading)[1:]]
+    ours = [[NUMBER.findall(cell) for cell in cells[1:-1]] for cells in rows_of(page("README.md"), "25 steps, 2 CPU cores")[1:5]]
+    assert theirs == ours
+
+
+def test_the_table_of_modes_is_that_of_its_record() -> None:
+    quality = record("after-gate-shapes.json")["results"]["quality"]
+    heading, *rows = rows_of(page("docs/after-the-gate.md"), "demo model, 102 held-out captions, every attribute right")
+    for label, *cells in rows:
+        mode = label.strip("`")
+        kind = {"cfg-drop": "cfg-drop {}", "negative": "T-GATE {}"}.get(mode, f"T-GATE {{}} {mode}")
+        for gate, cell in zip(heading[1:], cells, strict=True):
+            overall = quality[kind.format(gate.replace(" ", ""))]["semantics"]["overall"]
+            low, high = overall["interval"]
+            assert cell == f"{overall['fraction']:.0%} ({100 * low:.0f}–{100 * high:.0f})".replace("%", " %")
+            assert overall["total"] == 102
+
+
+def test_the_table_of_growth_is_that_of_its_record() -> None:
+    models = record("growth.json")["results"]["models"]
+    heading, *rows = rows_of(page("docs/performance.md"), "")
+    assert heading[3:6] == ["build", "its peak memory", "bundle on disk"]
+    for model, row in zip(models.values(), rows, strict=True):
+        build, steps = model["build"], model["steps"]
+        vanilla, planning, fidelity = (steps[name]["seconds"]["median"] for name in ("vanilla", "planning", "fidelity"))
+        values = [[model["parameters"]], [], [build["seconds"]], [build["memory"]["peak_anonymous"]], [build["disk"]["bundle"]]]
+        values += [[vanilla], [planning, planning / vanilla], [fidelity, fidelity / vanilla]]
+        values += [[max(step["memory"]["peak_anonymous"] for step in steps.values())]]
+        for cell, expected in zip(row[1:], values, strict=True):
+            shown = re.findall(r"\d[\d,]*(?:\.\d+)?(?: (?:ms|s|GB|M)\b)?", cell)
+            if expected:
+                assert shown == [shown_as(one, value) for one, value in zip(shown, expected, strict=True)], row[0]
+
+
+def test_the_table_of_verification_is_that_of_its_record() -> None:
+    for model, graphs in record("verification.json").items():
+        errors = [max(check["error"] for check in graphs["verification"][graph]["checks"]) for graph in ("planning", "fidelity")]
+        assert f"| `{model}` | {errors[0]:.1e} | {errors[1]:.1e} |" in page("docs/performance.md")
+
+
+SECONDS = "results / settings / {} / seconds / median"
+SHAPES, SD15, MODES = "bench-shapes.json", "bench-sd15.json", "after-gate-shapes.json"
+
+
+def _seconds(name: str, setting: str) -> float:
+    return at(name, SECONDS.format(setting))
+
+
+def _quotient(name: str, one: str, other: str) -> float:
+    return _seconds(name, one) / _seconds(name, other)
+
+
+def _of_bound(setting: str) -> float:
+    """How much of what the bound allows SD 1.5's denoising loop reaches."""
+    place = f"results / settings / {setting} / "
+    return at(SD15, f"{place}bound / linear") / at(SD15, f"{place}denoising_ratio / median")
+
+
+def _milliseconds_of_steps(part: str, setting: str, graph: str) -> tuple[float, float]:
+    """Of the demo model's steps: within a picture, and called alone."""
+    within = at(SHAPES, f"results / settings / {setting}, onnxruntime / steps / {part} / median")
+    return 1e3 * within, 1e3 * at("growth.json", f"results / models / shapes / steps / {graph} / seconds / median")
+
+
+def _right(part: str, index: int) -> float:
+    """Share of the pictures that are right in a part of the temporal analysis, after so many steps of text or planning."""
+    found = record("analysis-shapes.json")
+    curve = found["gate"] if part == "gate" else found["null_text"][part]
+    return float(curve["accuracy"][curve["at"].index(index)]["fraction"])
+
+
+def _fusion() -> tuple[float, float, float]:
+    ratio = record("kernels.json")["results"]["fusion"]["ratio"]
+    return ratio["median"], ratio["p10"], ratio["p90"]
+
+
+def _build(name: str) -> tuple[float, float, float]:
+    results = record(f"build-sdxl-{name}.json")["results"]
+    return results["seconds"], results["memory"]["peak_anonymous"] / 1e9, results["disk"].get("plans", 0) / 1e9
+
+
+def _host_memory(setting: str) -> float:
+    return at(SD15, f"results / settings / {setting} / memory / host") / 1e9
+
+
+PROSE: list[tuple[str, str, Callable[[], tuple[float, ...]]]] = [
+    (
+        "performance",
+        "our PyTorch engine with T-GATE is {:.2f} times",
+        lambda: (_quotient(SHAPES, "official tgate g=10", "T-GATE g=10, pytorch"),),
+    ),
+    ("performance", "ONNX Runtime is {:.2f} times as fast", lambda: (_quotient(SD15, "official tgate g=10", "T-GATE g=10"),)),
+    ("performance", "at g = 10, and {:.2f} times at g = 5", lambda: (_quotient(SD15, "official tgate g=5", "T-GATE g=5"),)),
+    ("performance", "The VAE takes {:.1f} s", lambda: (at(SD15, "results / settings / T-GATE g=10 / parts / VAE / median"),)),
+    ("performance", "reaches {:.1f} % of its bound at g = 10", lambda: (100 * _of_bound("T-GATE g=10"),)),
+    ("performance", "and {:.1f} % at g = 5", lambda: (100 * _of_bound("T-GATE g=5"),)),
+    ("performance", "{:.2f} GB against {:.2f} GB", lambda: (_host_memory("T-GATE g=10"), _host_memory("vanilla"))),
+    ("performance", "ratio at g = 10 was {:.3f}", lambda: (at(MODES, "results / settings / T-GATE g=10 / ratio / median"),)),
+    (
+        "performance",
+        "vanilla steps take {:.1f} ms instead of {:.1f} ms",
+        lambda: _milliseconds_of_steps("planning step", "vanilla", "vanilla"),
+    ),
+    ("performance", "planning steps {:.1f} instead of {:.1f}", lambda: _milliseconds_of_steps("planning step", "T-GATE g=10", "planning")),
+    ("performance", "fidelity steps {:.1f} instead of {:.1f}", lambda: _milliseconds_of_steps("fidelity step", "T-GATE g=10", "fidelity")),
+    ("performance", "| {0:.0f} s | {1:.2f} GB | none", lambda: _build("onnxruntime")),
+    ("performance", "--weights baked | {0:.0f} s | {1:.2f} GB | {2:.2f} GB", lambda: _build("tensorrt-rtx-baked")),
+    ("performance", "--weights shared | {0:.0f} s | {1:.2f} GB |", lambda: _build("tensorrt-rtx-shared")),
+    ("performance", "T-GATE draws {:.0f} % of the pictures right", lambda: (100 * _right("gate", 10),)),
+    ("performance", "the null prompt after those steps {:.0f} %", lambda: (100 * _right("text first", 10),)),
+    ("performance", "the last 15 steps alone keeps {:.0f} % right", lambda: (100 * _right("text last", 10),)),
+    ("performance", "costs nothing significant is {}", lambda: (record("analysis-shapes.json")["suggestion"]["by_accuracy"]["gate_step"],)),
+    (
+        "performance",
+        "| {:.1f} s | not measured | {:.1f} s | {:.1f} s |",
+        lambda: tuple(_seconds(SD15, name) for name in ("diffusers", "official tgate g=10", "official tgate g=5")),
+    ),
+    (
+        "performance",
+        "| {:.0f} ms | {:.0f} ms | {:.0f} ms | – |",
+        lambda: tuple(1000.0 * _seconds(SHAPES, name) for name in ("diffusers", "torch.compile", "official tgate g=10")),
+    ),
+    (
+        "limits",
+        "({:.0f} ms against {:.0f} ms",
+        lambda: tuple(1000.0 * _seconds(SHAPES, name) for name in ("torch.compile", "T-GATE g=10, pytorch")),
+    ),
+    ("limits", "faster than both ({:.0f} ms)", lambda: (1000.0 * _seconds(SHAPES, "T-GATE g=10, onnxruntime"),)),
+    ("limits", "{:.2f} GB against {:.2f} GB", lambda: (_host_memory("T-GATE g=10"), _host_memory("vanilla"))),
+    ("limits", "a ratio of {:.2f}, {:.2f} to {:.2f}", _fusion),
+]
+"""Page, text and values of further figures in docs."""
+
+
+@pytest.mark.parametrize(("name", "text", "values"), PROSE, ids=lambda value: value if isinstance(value, str) else "")
+def test_figures_in_the_text_are_those_of_their_records(name: str, text: str, values: Callable[[], tuple[float, ...]]) -> None:
+    assert text.format(*values()) in plain(page(f"docs/{name}.md"))
+
+
+def test_counts_are_within_what_is_said_of_the_papers() -> None:
+    rows = [row for model in record("macs.json")["results"] for row in model["pictures"] if row["published"]]
+    assert {model["model"] for model in record("macs.json")["results"]} == {"sd15", "sd21", "sdxl", "lcm-sdxl"}
+    assert max(abs(row["deviation"]) for row in rows) < 0.0005
+    assert "within 0.05 % of every figure" in plain(page("docs/performance.md"))
+
+
+def test_files_and_functions_of_the_architecture_exist() -> None:
+    found = 0
+    for path, names in re.findall(r"`([\w/]+\.py): ([\w, ]+)`", page("docs/architecture.md").replace("\n", " ")):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        targets = [target for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) for target in _targets(node)]
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)} | set(targets)
+        assert set(names.split(", ")) <= defined, f"{path}: {names}"
+        found += 1
+    assert found > 30
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    """Names that an assignment gives values."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -1,0 +1,123 @@
+"""The terminal of a command: its progress, and its one-sentence errors. The library itself only logs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from tgate_trt.errors import TGateError
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+FAILED = 1
+"""Exit code of an error in the user's input or machine; 2 is wrong usage."""
+
+SECONDS_BETWEEN_LINES = 15.0
+"""Seconds between lines of progress if there is no terminal for a bar."""
+
+
+class _Progress(logging.Handler):
+    """Shows the library's log: on a terminal with a spinner or a bar for work that is under way, elsewhere as plain lines.
+
+    A record that ends with an ellipsis announces work; one with the attribute ``progress``, from 0 to 1, moves the bar.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.status = console.status("")
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self.task = self.bar.add_task("", total=1.0)
+        self.printed = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        fraction = getattr(record, "progress", None)
+        if fraction is not None:
+            if console.is_terminal:
+                self._show_bar(message, fraction)
+            elif time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+                self._print(f"{message}: {fraction:.0%}")
+            return
+        self._hide_bar()
+        if message.endswith("…"):
+            if console.is_terminal:
+                self.status.update(escape(message))
+                self.status.start()
+            return
+        self._print(message, style="yellow" if record.levelno >= logging.WARNING else None)
+
+    def close(self) -> None:
+        self.status.stop()
+        self._hide_bar()
+        super().close()
+
+    def _print(self, message: str, style: str | None = None) -> None:
+        self.printed = time.monotonic()
+        console.print(escape(message), style=style)
+
+    def _show_bar(self, message: str, fraction: float) -> None:
+        self.status.stop()
+        if not self.bar.live.is_started:
+            self.bar.reset(self.task)
+            self.bar.start()
+        self.bar.update(self.task, description=escape(message), completed=fraction)
+
+    def _hide_bar(self) -> None:
+        if self.bar.live.is_started:  # `stop` prints an empty line even if nothing was shown
+            self.bar.stop()
+
+
+@contextlib.contextmanager
+def reporting(verbose: bool, interrupted: str = "stopped; unfinished files are removed") -> Iterator[None]:
+    """Show the library's progress, and turn a `TGateError` into one sentence and exit code 1.
+
+    Args:
+        verbose: show the log of every library, and the traceback of an error.
+        interrupted: the sentence to print if the user interrupts the command.
+    """
+    progress = _Progress()
+    library = logging.getLogger("tgate_trt")
+    library.addHandler(progress)
+    library.setLevel(logging.INFO)
+    if verbose:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    else:
+        _quieten_libraries()
+    try:
+        yield
+    except TGateError as error:
+        progress.close()
+        if verbose:
+            errors.print_exception()
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        progress.close()
+        errors.print(interrupted)
+        raise typer.Exit(FAILED) from None
+    finally:
+        progress.close()
+        library.removeHandler(progress)
+
+
+def _quieten_libraries() -> None:
+    """Keep the progress bars and warnings of other libraries out of the output."""
+    import warnings
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
