@@ -559,9 +559,45 @@ def test_apply_refuses_other_weights(name: str, own_sd: Any, sd_bundle: Bundle) 
     with torch.no_grad():
         own_sd.unet.get_parameter(name).add_(1)
     own = own_sd.unet
-    with pytest.raises(InputError, match="other weights"):
+    with pytest.raises(InputError, match="are other than"):
         tgate_trt.apply(own_sd, sd_bundle)
     assert own_sd.unet is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_apply_takes_the_same_weights_in_another_precision(dtype: torch.dtype, own_sd: Any, sd_bundle: Bundle) -> None:
+    own_sd.to(dtype)
+    tgate_trt.apply(own_sd, sd_bundle, gate_step=2, threads=1)
+    assert isinstance(own_sd.unet, GatedDenoiser)
+    tgate_trt.remove(own_sd)
+    with torch.no_grad():
+        own_sd.unet.conv_in.weight[0].mul_(1.1)
+    with pytest.raises(
+        InputError, match=r"1 of the \d+ weights of the pipeline's UNet2DConditionModel are other .* 'conv_in.weight' first"
+    ):
+        tgate_trt.apply(own_sd, sd_bundle)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_apply_and_build_name_a_lora_that_is_loaded(fused: bool, own_sd: Any, sd_bundle: Bundle, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    own_sd.load_lora_weights(
+        {f"{name}.lora_A.weight": torch.randn(4, 32, generator=generator), f"{name}.lora_B.weight": torch.randn(32, 4, generator=generator)}
+    )
+    if fused:
+        own_sd.fuse_lora()
+    for attempt in (lambda: tgate_trt.apply(own_sd, sd_bundle), lambda: tgate_trt.build(own_sd, tmp_path / "bundle")):
+        with pytest.raises(InputError, match=r"unet|UNet2DConditionModel"):
+            attempt()
+    with pytest.raises(InputError, match=r"has LoRAs loaded; unload them by pipeline\.unload_lora_weights\(\)"):
+        tgate_trt.apply(own_sd, sd_bundle)
+    own_sd.unload_lora_weights()
+    if fused:
+        with pytest.raises(InputError, match=r"1 of the .* if a LoRA is fused into them, unfuse it"):
+            tgate_trt.apply(own_sd, sd_bundle)
+    else:
+        tgate_trt.apply(own_sd, sd_bundle, threads=1)
 
 
 def test_apply_refuses_another_architecture(own_sd: Any, sdxl_bundle: Bundle) -> None:

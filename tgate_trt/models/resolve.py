@@ -130,6 +130,12 @@ def _saved(pipeline: Any) -> Path:
     """Save a pipeline to a folder that lasts as long as this process."""
     if not hasattr(pipeline, "save_pretrained") or not hasattr(pipeline, "components"):
         raise InputError(f"a model is a name, a path, a hub id or a diffusers pipeline, got {type(pipeline).__name__}")
+    for name, part in pipeline.components.items():
+        if getattr(part, "peft_config", None):
+            raise InputError(
+                f"the pipeline's {name} has LoRAs loaded; unload them by pipeline.unload_lora_weights(), and give their files to the "
+                "build: lora=['FILE.safetensors:0.8'], or --lora"
+            )
     folder = Path(tempfile.mkdtemp(prefix="tgate-trt-")) / type(pipeline).__name__
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)

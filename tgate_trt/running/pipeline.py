@@ -306,17 +306,41 @@ def _pipeline_precision(bundle: Bundle, device: torch.device) -> str:
 def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
     """Refuse a pipeline whose denoiser has another architecture or other weights than the bundle was built from.
 
-    The first row of each parameter is compared: another checkpoint or a fused LoRA changes all of them.
+    The first row of each parameter is compared, up to the rounding of the coarser of the two dtypes: another checkpoint changes
+    all of them, a fused LoRA those of its layers.
+
+    Raises:
+        InputError: with what differs, and what to do.
     """
     own, built = denoiser.state_dict(), bundle.denoiser_on_meta(torch.float32).state_dict()
-    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
-        raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
-    if WEIGHTS_FILE not in bundle.manifest.files:
-        return  # discarded: the architecture is all that can be compared
+    kind = type(denoiser).__name__
+    if getattr(denoiser, "peft_config", None):
+        raise InputError(
+            f"the pipeline's {kind} has LoRAs loaded; unload them by pipeline.unload_lora_weights(), apply the bundle, and put them in "
+            "with tgate_trt.refit(pipeline, ['FILE.safetensors:0.8'])"
+        )
+    shapes, expected = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, built))
+    if shapes != expected:
+        name = next(name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name))
+        raise InputError(
+            f"the pipeline's {kind} has another architecture than {bundle.folder} was built from: {name!r} has shape "
+            f"{shapes.get(name, 'none')}, in the bundle {expected.get(name, 'none')}; build a bundle of this pipeline"
+        )
+    if WEIGHTS_FILE not in bundle.manifest.files or is_architecture(denoiser):
+        return  # the bundle's weights were discarded, or `load` made the pipeline: the architecture is all that can be compared
     with opened_file(bundle.folder / WEIGHTS_FILE) as weights:
-        for name, tensor in own.items():
-            if tensor.is_meta:
-                return  # `load` made it: it has no weights of its own
-            first_row = weights.get_slice(name)[:1]
-            if not torch.equal(tensor[:1].to(first_row.device, first_row.dtype), first_row):
-                raise InputError(f"the pipeline has other weights than {bundle.folder} was built from: {name!r} differs; build it anew")
+        other = [name for name, tensor in own.items() if not _is_rounded(tensor[:1].cpu(), weights.get_slice(name)[:1])]
+    if other:
+        raise InputError(
+            f"{len(other)} of the {len(own)} weights of the pipeline's {kind} are other than {bundle.folder} was built from, {other[0]!r} "
+            "first; if a LoRA is fused into them, unfuse it and put it in with tgate_trt.refit; else build a bundle of this pipeline"
+        )
+
+
+def _is_rounded(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of the coarser of their dtypes."""
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    coarser = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    info = torch.finfo(coarser)
+    return torch.allclose(one.float(), other.float(), rtol=info.eps, atol=info.smallest_normal * info.eps)
