@@ -44,8 +44,8 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
         **options: ``backend``, ``precision``, ``height``, ``width``, ``batch_size``, ``graphs``, ``compute_capability``, ``weights``,
-            ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``random_weights``, ``verify``,
-            ``force``; see `tgate_trt.building.request.BuildOptions`.
+            ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``config``, ``prediction_type``,
+            ``random_weights``, ``verify``, ``force``; see `tgate_trt.building.request.BuildOptions`.
 
     Returns:
         The bundle, opened.
@@ -58,7 +58,13 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
     if unknown:
         raise TypeError(f"there is no option {sorted(unknown)[0]!r}; the options are {', '.join(BuildOptions.__annotations__)}")
     loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in options.get("lora") or ()]
-    source = resolve(model, random_weights=options.get("random_weights", False), lora=loras)
+    source = resolve(
+        model,
+        random_weights=options.get("random_weights", False),
+        config=options.get("config"),
+        prediction_type=options.get("prediction_type"),
+        lora=loras,
+    )
     request = Request.resolved(source, options)
     target = (Path(output) if output is not None else default_output(source, request)).absolute()
     with locked(target):

@@ -24,12 +24,15 @@ class Fingerprint(TypedDict):
     revision: str | None
 
 
-def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str | None, known: Fingerprint | None) -> Fingerprint:
+def fingerprint_of(
+    files: Mapping[str, Path], *, seed: int | None, settings: Mapping[str, Any], revision: str | None, known: Fingerprint | None
+) -> Fingerprint:
     """Identify files by content.
 
     Args:
         files: by the name under which each counts.
         seed: of random weights, or None.
+        settings: of the scheduler, beside those in the files.
         revision: commit of a model from the hub, or None; it is recorded but does not enter the hash.
         known: an earlier fingerprint; a file whose stamp equals the one in it is not read.
 
@@ -39,6 +42,8 @@ def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str
     before = known["files"] if known else {}
     entries = {name: _entry(path, before.get(name)) for name, path in sorted(files.items())}
     counted: dict[str, Any] = {"files": {name: entry["sha256"] for name, entry in entries.items()}, "seed": seed}
+    if settings:
+        counted["scheduler"] = dict(settings)
     if seed is not None:
         from tgate_trt.models.random_weights import GENERATION
 

@@ -10,7 +10,7 @@ from tgate_trt.errors import InputError
 from tgate_trt.files import read_json, write_component, write_json
 from tgate_trt.models import stand_in_tokenizer
 from tgate_trt.models.signature import precision_of_component
-from tgate_trt.models.source import INDEX, ModelSource
+from tgate_trt.models.source import INDEX, SCHEDULER, ModelSource
 
 RANDOM_NOTICE = "RANDOM_WEIGHTS.txt"
 """File that marks a pipeline folder whose weights and tokenizers are stand-ins."""
@@ -42,6 +42,8 @@ def save_rest(source: ModelSource, folder: Path, precision: str) -> None:
     for name, kind in source.components().items():
         if name not in models:
             _save_small(source, name, kind, folder / name)
+    if source.scheduler:
+        write_json(folder / "scheduler" / SCHEDULER, source.scheduler_config())
     seed = source.reference.random_seed
     if seed is not None:
         notice = f"The weights here are random (seed {seed}) and tokenizers may be stand-ins: pictures have no meaning.\n"
