@@ -17,7 +17,7 @@ PICTURES := --prompt "a small red circle at the top right on a white background"
 
 help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
-	@echo "make test    run the whole suite"
+	@echo "make test    run the whole suite, in an order of its own each time"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make bench   measure on this machine, into docs/results/ (an hour or two on two cores)"
 	@echo "make bench-gpu   the same on a machine with an NVIDIA GPU, its tests first"
@@ -76,25 +76,27 @@ EVERY_GRAPH := --graphs vanilla,planning,fidelity --backend onnxruntime --backen
 
 bench-demo: $(READY)
 	$(BIN)/tgate-build --model shapes --output bundles/bench-shapes $(EVERY_GRAPH)
-	$(BIN)/tgate-bench bundles/bench-shapes --gate-step 10 --backend onnxruntime,pytorch --beside eager,compile,official --rounds 15 \
+	$(BIN)/tgate-bench run bundles/bench-shapes --gate-step 10 --backend onnxruntime,pytorch --beside eager,compile,official --rounds 15 \
 	  $(call results,bench-shapes) --plot $(RESULTS)/bench-shapes.png
-	$(BIN)/tgate-bench bundles/bench-shapes --backend onnxruntime --gate-step 3,5,10,15 --after-gate negative,positive,fading --rounds 5 \
+	$(BIN)/tgate-bench run bundles/bench-shapes --backend onnxruntime --gate-step 3,5,10,15 --after-gate negative,positive,fading --rounds 5 \
 	  --quality --samples 102 $(call results,after-gate-shapes) --plot $(RESULTS)/after-gate-shapes.png
-	$(BIN)/tgate-bench bundles/bench-shapes --backend onnxruntime --gate-step 5 --after-gate negative,positive,fading --guidance-scale 5 --rounds 1 \
+	$(BIN)/tgate-bench run bundles/bench-shapes --backend onnxruntime --gate-step 5 --after-gate negative,positive,fading --guidance-scale 5 --rounds 1 \
 	  --quality --samples 102 --no-memory $(call results,after-gate-shapes-guidance-5)
 	$(BIN)/tgate-generate bundles/bench-shapes --backend onnxruntime $(PICTURES) --gate-step none --gate-step 5 \
 	  --after-gate negative --after-gate positive --after-gate fading --output $(RESULTS)/after-gate-pictures.png
 	$(BIN)/tgate-analyze bundles/bench-shapes --backend onnxruntime --json $(RESULTS)/analysis-shapes.json --plot $(RESULTS)/analysis-shapes.png
-	$(BIN)/tgate-bench --kernels bundles/bench-shapes $(call results,kernels)
-	$(BIN)/tgate-bench --probe $(call results,probe)
+	$(BIN)/tgate-bench kernels bundles/bench-shapes $(call results,kernels)
+	$(BIN)/tgate-bench probe $(call results,probe)
 
+# `tgate-bench growth` would continue from the file of its last run: without it, all is measured anew.
 bench-models: $(READY)
-	$(BIN)/tgate-bench --macs $(call results,macs)
-	$(BIN)/tgate-bench --growth $(call results,growth) --plot $(RESULTS)/growth.png
+	$(BIN)/tgate-bench macs $(call results,macs)
+	rm -f $(RESULTS)/growth.json
+	$(BIN)/tgate-bench growth $(call results,growth) --plot $(RESULTS)/growth.png
 
 bench-sd15: $(READY)
 	$(BIN)/tgate-build --model sd15 --random-weights --height 256 --width 256 --output bundles/bench-sd15 $(EVERY_GRAPH) --no-verify
-	$(BIN)/tgate-bench bundles/bench-sd15 --backend onnxruntime --gate-step 5,10 --beside official --rounds 3 \
+	$(BIN)/tgate-bench run bundles/bench-sd15 --backend onnxruntime --gate-step 5,10 --beside official --rounds 3 \
 	  $(call results,bench-sd15) --plot $(RESULTS)/bench-sd15.png
 
 # Where Python has the packages already and no network is to be had: `make bench-gpu READY= BIN=FOLDER_OF_ITS_COMMANDS`.
@@ -103,15 +105,15 @@ GPU_BACKENDS ?= pytorch
 SANITIZER    := $(shell command -v compute-sanitizer)
 
 bench-gpu: $(READY)
-	$(BIN)/tgate-bench --probe $(call results,gpu-probe)
+	$(BIN)/tgate-bench probe $(call results,gpu-probe)
 	$(BIN)/pytest -m gpu -rs
 	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 1 $(BIN)/pytest -m gpu tests/kernels,@echo "compute-sanitizer is not here: not run")
 	for model in $(GPU_MODELS); do \
 	  $(BIN)/tgate-build --model $$model --random-weights --precision fp16 --no-verify --output bundles/gpu-$$model \
 	    --graphs vanilla,planning,fidelity $(addprefix --backend ,$(GPU_BACKENDS)) && \
-	  $(BIN)/tgate-bench bundles/gpu-$$model --gate-step 5,10 --beside eager,official --rounds 10 $(call results,gpu-$$model) \
+	  $(BIN)/tgate-bench run bundles/gpu-$$model --gate-step 5,10 --beside eager,official --rounds 10 $(call results,gpu-$$model) \
 	    --plot $(RESULTS)/gpu-$$model.png && \
-	  $(BIN)/tgate-bench --kernels bundles/gpu-$$model --rounds 20 $(call results,gpu-kernels-$$model) || exit 1; \
+	  $(BIN)/tgate-bench kernels bundles/gpu-$$model --rounds 20 $(call results,gpu-kernels-$$model) || exit 1; \
 	done
 
 clean:

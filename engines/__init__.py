@@ -1,1 +1,1 @@
-"""ONNX to something that runs: one file an engine, behind the protocol of `tgate_trt.engines.base`."""
+"""Engines that run a graph, each with the protocol of `tgate_trt.engines.base`."""

@@ -1,4 +1,4 @@
-"""The protocol that every engine keeps, and the checks of what a caller hands to one."""
+"""The protocol of every engine, and checks of the tensors that it receives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgate_trt.eager import torch_dtype
 from tgate_trt.errors import GateError
 from tgate_trt.specs import GraphSpec, TensorSpec
 
@@ -21,40 +22,38 @@ class Engine(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors that `run` is given must lie."""
+        """The device that must hold the tensors that `run` receives."""
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
-        """Run once, reading and writing memory that the caller owns; an engine that was unloaded is loaded first.
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run once on memory that the caller owns, on a GPU in order with PyTorch's current stream; an unloaded engine is loaded first.
 
         Args:
-            inputs: contiguous tensors by name, as `spec` says, all with the same number of rows.
-            outputs: contiguous tensors by name that are written.
-            stream: CUDA stream to run on, for engines of a GPU; PyTorch's current one if None.
+            inputs: contiguous tensors by name, with the dtypes and shapes of `spec`, all with the same number of rows.
+            outputs: contiguous tensors by name, which are written.
 
         Raises:
-            GateError: if a tensor is missing, or of another shape, dtype or device than `spec` says.
+            GateError: if a tensor is missing or does not fit `spec` and `device`, or the engine was closed.
         """
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Run with other values of some weights from now on; the others are as they were built.
+        """Replace some weights; all others have the values with which the engine was built.
 
         Args:
-            weights: by parameter's name, of the same shapes and dtypes; all that shall differ, so an empty mapping
-                brings back what was built.
+            weights: by parameter name, of the same shapes and dtypes. An empty mapping restores the original weights.
 
         Raises:
-            UnsupportedError: if the engine holds its weights.
+            UnsupportedError: if the engine holds its weights and cannot replace them.
         """
 
     def unload(self) -> None:
-        """Free the memory that the engine takes until it runs again."""
+        """Free memory until the engine runs again."""
 
     def close(self) -> None:
-        """Free what the engine holds; it cannot run again."""
+        """Free everything; the engine cannot run again."""
 
 
 def given(spec: GraphSpec, tensors: Mapping[str, Tensor], tensor: TensorSpec) -> Tensor:
-    """The caller's tensor for one of a graph's inputs or outputs.
+    """The caller's tensor for one of the inputs or outputs of a graph.
 
     Raises:
         GateError: if it is missing.
@@ -66,10 +65,10 @@ def given(spec: GraphSpec, tensors: Mapping[str, Tensor], tensor: TensorSpec) ->
 
 
 def check(spec: GraphSpec, tensor: TensorSpec, value: Tensor, device: torch.device) -> None:
-    """Check a tensor against what a graph takes or gives.
+    """Check that a tensor fits an input or output of a graph.
 
     Raises:
-        GateError: if its shape, dtype, device or layout is another.
+        GateError: if its shape, dtype, device or layout differs.
     """
     fits = len(value.shape) == len(tensor.shape) and all(
         size in spec.dimensions[expected] if isinstance(expected, str) else size == expected
@@ -78,5 +77,5 @@ def check(spec: GraphSpec, tensor: TensorSpec, value: Tensor, device: torch.devi
     if not fits:
         bounds = ", ".join(f"{name} {size}" for name, size in spec.dimensions.items())
         raise GateError(f"{tensor.name!r} must have shape {list(tensor.shape)} with {bounds}, got {list(value.shape)}")
-    if value.dtype != getattr(torch, tensor.dtype) or value.device.type != device.type or not value.is_contiguous():
+    if value.dtype != torch_dtype(tensor.dtype) or value.device.type != device.type or not value.is_contiguous():
         raise GateError(f"{tensor.name!r} must be a contiguous {tensor.dtype} tensor on {device}, got {value.dtype} on {value.device}")

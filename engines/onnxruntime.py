@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs a graph as it is, on the CPU, or on a GPU where its CUDA provider is installed."""
+"""ONNX Runtime: runs a graph from its file, on the CPU, or on a GPU if its CUDA provider is installed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ _DTYPES = ("float32", "float16", "int64")
 class OnnxRuntimeEngine:
     """A graph in an ONNX Runtime session, its tensors bound to the caller's memory.
 
-    A tensor is bound again only when it has moved or changed shape, so buffers at fixed addresses, such as the caches
-    of the fidelity graph, are bound once.
+    A tensor is bound again only if its address or shape changed, so buffers at fixed addresses, such as the fidelity graph's caches,
+    are bound once.
     """
+
+    spec: GraphSpec
+    """The graph's inputs and outputs."""
+    device: torch.device
+    """The device that must hold the tensors that `run` receives."""
 
     def __init__(
         self,
@@ -38,19 +43,18 @@ class OnnxRuntimeEngine:
         """Load a graph.
 
         Args:
-            path: the ONNX file; its weights file lies beside it.
-            spec: what the graph takes and gives.
-            device: ``cpu`` or a CUDA device; a CUDA device where one can be used, if None.
-            threads: CPU threads for one operator; as many as there are cores, if None.
+            path: the ONNX file; its weights are where it refers to them.
+            spec: the graph's inputs and outputs.
+            device: ``cpu`` or a CUDA device; if None, a CUDA device where ONNX Runtime can use one.
+            threads: CPU threads of one operator; one for each core if None.
             changed: weights that differ from those of the file, by name.
 
         Raises:
-            UnsupportedError: if the device or the dtype is not to be had here.
+            UnsupportedError: if ONNX Runtime cannot use the device or a dtype here.
             BundleError: if the file cannot be loaded.
         """
-        self._spec = spec
-        self._device = device or default_device()
-        if self._device.type == "cuda" and not cuda_is_available():
+        self.spec, self.device = spec, device or default_device()
+        if self.device.type == "cuda" and not cuda_is_available():
             raise UnsupportedError("ONNX Runtime cannot use CUDA here: install onnxruntime-gpu, or use device='cpu'")
         for tensor in (*spec.inputs, *spec.outputs):
             if tensor.dtype not in _DTYPES:
@@ -65,32 +69,26 @@ class OnnxRuntimeEngine:
         self._bound: dict[str, tuple[int, torch.Size]] = {}
         self._load()
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's inputs and outputs."""
-        return self._spec
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run once; see `tgate_trt.engines.base.Engine.run`. On a GPU the host waits for PyTorch's current stream first.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors that `run` is given must lie."""
-        return self._device
-
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
-        """Run once; see `tgate_trt.engines.base.Engine.run`. ONNX Runtime synchronises by itself, so ``stream`` is not used."""
+        Raises:
+            GateError: if the engine was closed, or a tensor is missing or does not fit.
+        """
         if self._closed:
-            raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
+            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
         if self._session is None:
             self._load()
-        for tensor in self._spec.inputs:
-            self._bind(tensor, given(self._spec, inputs, tensor), self._binding.bind_input)
-        for tensor in self._spec.outputs:
-            self._bind(tensor, given(self._spec, outputs, tensor), self._binding.bind_output)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        for tensor in self.spec.inputs:
+            self._bind(tensor, given(self.spec, inputs, tensor), self._binding.bind_input)
+        for tensor in self.spec.outputs:
+            self._bind(tensor, given(self.spec, outputs, tensor), self._binding.bind_output)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         self._session.run_with_iobinding(self._binding)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
+        """Replace some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
         self._weights = self._values(weights)
         self.unload()
 
@@ -106,7 +104,7 @@ class OnnxRuntimeEngine:
         self.unload()
 
     def _values(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Those weights that this graph has, as ONNX Runtime takes them."""
+        """The weights among these that the graph has, as ONNX Runtime's values."""
         own = set(onnx_ir.load(self._path).graph.initializers) if weights else ()
         return {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().contiguous().numpy())
@@ -115,15 +113,29 @@ class OnnxRuntimeEngine:
         }
 
     def _load(self) -> None:
-        self._session = _load(self._path, self._device, self._threads, self._weights)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or 0
+        # Idle workers of the planning engine would spin against those of the fidelity engine in its first calls after the gate. Without
+        # spinning, a gated picture of the demo model takes half the time on two loaded cores, and about the same time on two idle ones.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._weights:
+            options.add_external_initializers(list(self._weights), list(self._weights.values()))
+        on_cuda = self.device.type == "cuda"
+        provider: Any = ("CUDAExecutionProvider", {"device_id": self.device.index or 0}) if on_cuda else "CPUExecutionProvider"
+        try:
+            self._session = onnxruntime.InferenceSession(str(self._path), options, providers=[provider])
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise BundleError(f"ONNX Runtime cannot load {self._path.name}: {reason}; build the bundle again") from error
         self._binding = self._session.io_binding()
 
     def _bind(self, spec: TensorSpec, tensor: Tensor, bind: Any) -> None:
         key = (tensor.data_ptr(), tensor.shape)
         if self._bound.get(spec.name) == key:
             return
-        check(self._spec, spec, tensor, self._device)
-        bind(spec.name, self._device.type, self._device.index or 0, numpy.dtype(spec.dtype).type, tuple(tensor.shape), tensor.data_ptr())
+        check(self.spec, spec, tensor, self.device)
+        bind(spec.name, self.device.type, self.device.index or 0, numpy.dtype(spec.dtype).type, tuple(tensor.shape), tensor.data_ptr())
         self._bound[spec.name] = key
 
 
@@ -135,20 +147,3 @@ def cuda_is_available() -> bool:
 def default_device() -> torch.device:
     """A CUDA device where ONNX Runtime can use one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if cuda_is_available() else torch.device("cpu")
-
-
-def _load(path: Path, device: torch.device, threads: int | None, weights: Mapping[str, Any]) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    # Idle workers of the planning engine would spin against the fidelity engine's for its first calls after the gate: on two
-    # loaded cores a gated picture of the demo model takes half the time without, on two idle ones about the same.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
-    provider: Any = ("CUDAExecutionProvider", {"device_id": device.index or 0}) if device.type == "cuda" else "CPUExecutionProvider"
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}; build the bundle again") from error

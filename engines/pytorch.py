@@ -1,7 +1,7 @@
-"""PyTorch: runs a cut by the denoiser itself, on a GPU with our kernels and CUDA graphs, on the CPU in eager mode.
+"""PyTorch: runs a cut with the denoiser itself, on a GPU with our kernels and CUDA graphs, on the CPU in eager mode.
 
-It needs no compiler and takes every GPU that PyTorch does. A tap that is taken in stands in the place of its attention
-module, which is not run; where a block of diffusers allows it, the sum and the norm after it are one kernel.
+It needs no compiler, and runs on every GPU that PyTorch supports. A tap that is taken in replaces its attention module, which does
+not run. Where a block of diffusers allows it, the addition of the cache and the norm after it are one kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tgate_trt.specs import CACHE_PREFIX, GraphSpec
 from tgate_trt.taps import Recipe, kind_of
 
 _MAXIMUM_GRAPHS = 8
-"""CUDA graphs that an engine keeps, one for each batch size and set of buffers."""
+"""CUDA graphs that an engine keeps, one for each batch size and each set of buffers."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,22 @@ class PyTorchOptions:
     """How an engine runs."""
 
     cuda_graphs: bool = True
-    """Whether to capture the launches of a call on a GPU, and replay them."""
+    """Whether to capture the launches of a call on a GPU and replay them."""
     compile: bool = False
-    """Whether to run `torch.compile`'s code: minutes at the first call of each batch size."""
+    """Whether to compile with `torch.compile`, which takes minutes at the first call of each batch size."""
     threads: int | None = None
-    """CPU threads; as PyTorch is set if None."""
+    """CPU threads; PyTorch's own setting if None."""
     fuse_cache_reuse: bool = True
-    """Whether a cache is added and the sum normalised by one kernel where a block allows it."""
+    """Whether one kernel adds a cache and normalises the sum, where a block allows it."""
 
 
 class PyTorchEngine:
     """A denoiser with the taps of one graph taken in and given out."""
+
+    spec: GraphSpec
+    """The graph's inputs and outputs."""
+    device: torch.device
+    """The device that must hold the tensors that `run` receives."""
 
     def __init__(
         self,
@@ -57,18 +62,18 @@ class PyTorchEngine:
         """Put weights into an architecture, and cut it.
 
         Args:
-            architecture: the denoiser of diffusers on the ``meta`` device; it is used up.
+            architecture: the denoiser of diffusers on the ``meta`` device, which becomes the engine's own.
             weights: by state-dict name, on ``device``; several engines may share them.
-            spec: what the graph takes and gives.
+            spec: the graph's inputs and outputs.
             recipe: which taps are taken in and given out.
             device: ``cpu`` or a CUDA device.
             options: how to run.
             changed: weights that differ from ``weights``, by name.
 
         Raises:
-            BundleError: if the weights are not those of the architecture.
+            BundleError: if the weights do not fit the architecture.
         """
-        self._spec, self._device, self._options = spec, device, options or PyTorchOptions()
+        self.spec, self.device, self._options = spec, device, options or PyTorchOptions()
         self._weights = weights
         own = self._own(changed or {})
         self._replaced = set(own)
@@ -76,7 +81,7 @@ class PyTorchEngine:
             architecture.load_state_dict({**weights, **own}, assign=True)
         except RuntimeError as error:
             raise BundleError(
-                f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}"
+                f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}; build the bundle again"
             ) from error
         self._denoiser = architecture.eval().requires_grad_(False)
         cut = _Cut(self._denoiser, recipe, fuse=self._options.fuse_cache_reuse)
@@ -86,51 +91,44 @@ class PyTorchEngine:
         self._met: set[tuple[int, ...]] = set()
         self._closed = False
 
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's inputs and outputs."""
-        return self._spec
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors that `run` is given must lie."""
-        return self._device
-
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`.
 
-        On a GPU the second call with the same caches, outputs and batch size captures a CUDA graph, and the later ones
-        replay it; the other inputs are copied to where it reads them.
+        On a GPU the second call with the same caches, outputs and batch size captures a CUDA graph, and later calls replay it; the
+        other inputs are copied to buffers that the graph reads.
+
+        Raises:
+            GateError: if the engine was closed, or a tensor is missing or does not fit.
         """
         if self._closed:
-            raise GateError(f"the {self._spec.name} engine has been closed; load the bundle again")
-        taken = {tensor.name: given(self._spec, inputs, tensor) for tensor in self._spec.inputs}
-        made = {tensor.name: given(self._spec, outputs, tensor) for tensor in self._spec.outputs}
-        for tensor in self._spec.inputs:
-            check(self._spec, tensor, taken[tensor.name], self._device)
-        for tensor in self._spec.outputs:
-            check(self._spec, tensor, made[tensor.name], self._device)
-        with torch.inference_mode(), self._on(stream):
-            if self._device.type == "cuda" and self._options.cuda_graphs:
+            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
+        taken = {tensor.name: given(self.spec, inputs, tensor) for tensor in self.spec.inputs}
+        made = {tensor.name: given(self.spec, outputs, tensor) for tensor in self.spec.outputs}
+        for tensor in self.spec.inputs:
+            check(self.spec, tensor, taken[tensor.name], self.device)
+        for tensor in self.spec.outputs:
+            check(self.spec, tensor, made[tensor.name], self.device)
+        with torch.inference_mode(), self._threads():
+            if self.device.type == "cuda" and self._options.cuda_graphs:
                 self._replay(taken, made)
             else:
                 self._run_into(taken, made)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
+        """Replace some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
         own = self._own(weights)
         state = {name: self._weights[name] for name in self._replaced} | own
-        self.unload()  # a captured graph reads the old ones where they lay
+        self.unload()  # a captured graph reads the old weights
         self._denoiser.load_state_dict(state, strict=False, assign=True)
         self._denoiser.requires_grad_(False)
         self._replaced = set(own)
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those weights that the denoiser has, on its device in its dtypes."""
-        return {name: tensor.to(self._device, self._weights[name].dtype) for name, tensor in weights.items() if name in self._weights}
+        """The weights among these that the denoiser has, on its device and in its dtypes."""
+        return {name: tensor.to(self.device, self._weights[name].dtype) for name, tensor in weights.items() if name in self._weights}
 
     def unload(self) -> None:
-        """Free the captured graphs and what they hold; the weights stay, for engines share them."""
+        """Free the captured graphs and their buffers; the weights stay, because engines share them."""
         self._graphs.clear()
         self._met.clear()
 
@@ -142,15 +140,10 @@ class PyTorchEngine:
         self._weights = {}
 
     @contextlib.contextmanager
-    def _on(self, stream: int | None) -> Iterator[None]:
-        """On a CUDA stream that is given, and with the threads that were asked for on the CPU."""
-        if self._device.type == "cuda":
-            external = None if stream is None else torch.cuda.ExternalStream(stream, self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(external):
-                yield
-            return
+    def _threads(self) -> Iterator[None]:
+        """Let PyTorch use this engine's number of threads on the CPU."""
         before = torch.get_num_threads()
-        torch.set_num_threads(self._options.threads or before)
+        torch.set_num_threads(before if self.device.type == "cuda" else self._options.threads or before)
         try:
             yield
         finally:
@@ -166,7 +159,7 @@ class PyTorchEngine:
         key = (len(inputs["sample"]), *(tensor.data_ptr() for tensor in fixed))
         captured = self._graphs.get(key)
         if captured is None:
-            if key not in self._met:  # the first call warms up what may not be set up within a capture
+            if key not in self._met:  # the first call sets up what a capture does not allow
                 self._met.add(key)
                 self._run_into(inputs, outputs)
                 return
@@ -179,13 +172,13 @@ class PyTorchEngine:
 
 @dataclass(frozen=True)
 class _Captured:
-    """The launches of one call, and the tensors that they read and write."""
+    """The captured launches of one call, and the tensors that they read and write."""
 
     graph: Any
     inputs: Mapping[str, Tensor]
-    """Copies of the inputs, but for the caches, at fixed addresses."""
+    """Copies of all inputs except caches, at fixed addresses."""
     held: tuple[Tensor, ...]
-    """Caches and outputs: the caller's, kept alive."""
+    """The caller's caches and outputs, kept alive."""
 
     @classmethod
     def capture(cls, run_into: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], pool: Any) -> _Captured:
@@ -203,7 +196,7 @@ class _Captured:
 
 
 class _Cut(nn.Module):
-    """A denoiser called by tensor names, with taps in the place of modules that they come from, and given out."""
+    """A denoiser that is called by tensor names. Taps that are taken in replace their modules; others are given out."""
 
     def __init__(self, denoiser: nn.Module, recipe: Recipe, *, fuse: bool) -> None:
         super().__init__()
@@ -223,7 +216,7 @@ class _Cut(nn.Module):
         self._taken = {name: tensor for name, tensor in tensors.items() if name.startswith(CACHE_PREFIX)}
         self._made = dict(self._taken) if self._gives_what_it_takes else {}
         inputs = {name: tensor for name, tensor in tensors.items() if name not in self._taken}
-        # Blocks whose cross-attention is cached need no text, and their graph takes none.
+        # Blocks with a cached cross-attention need no text, so their graph has no such input.
         prediction = forward(self.denoiser, {"encoder_hidden_states": None, **inputs})
         return {"noise_pred": prediction, **self._made}
 
@@ -235,7 +228,7 @@ class _Cut(nn.Module):
             module.forward = lambda *_, **__: self._taken[name]
 
     def _forward_block(self, block: Any, name: str, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """A block of diffusers with its cross-attention cached: `BasicTransformerBlock.forward` with ``norm_type="layer_norm"``."""
+        """The forward of diffusers' `BasicTransformerBlock` for ``norm_type="layer_norm"``, with its cross-attention cached."""
         hidden = block.attn1(block.norm1(hidden_states), attention_mask=attention_mask) + hidden_states
         norm = block.norm3
         residual, normed = cached_residual_layer_norm(hidden, self._taken[name], norm.weight, norm.bias, norm.eps)
@@ -247,7 +240,7 @@ class _Cut(nn.Module):
 
 
 def _adds_and_normalises(block: nn.Module, attention: nn.Module) -> bool:
-    """Whether a block adds this attention's output to its input, and next gives the sum to an affine norm: then both are one op."""
+    """Whether a block adds this attention's output to its input and passes the sum to an affine norm, so that one op can do both."""
     from diffusers.models.attention import BasicTransformerBlock
 
     return (

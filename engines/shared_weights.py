@@ -1,4 +1,4 @@
-"""One copy of a model's weights in memory, at addresses that stay, for every engine that takes them as inputs."""
+"""One copy of a model's weights at fixed addresses, for all engines that take weights as inputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tgate_trt.files import read_named
 
 
 class SharedWeights:
-    """Weights by name on a device. Engines read them where they lie; exchanging some writes over the same bytes."""
+    """Weights by name on a device. Engines read them in place, and a replacement overwrites the same bytes."""
 
     def __init__(self, files: Sequence[Path], device: torch.device) -> None:
         """Read safetensors files, a tensor at a time.
 
         Args:
             files: of the model's weights.
-            device: where they go.
+            device: to hold them.
 
         Raises:
             InputError: if a file cannot be read.
@@ -32,25 +32,23 @@ class SharedWeights:
             self._tensors[name] = tensor.to(device)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A weight, at the address that it always has.
+        """A weight, always at the same address.
 
         Raises:
-            BundleError: if there is none of that name.
+            BundleError: if no weight has that name.
         """
         if name not in self._tensors:
             raise BundleError(f"the weights hold no {name!r}, which an engine takes; build the bundle again")
         return self._tensors[name]
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Give some weights other values, and those that were given others before, their own again.
-
-        On a GPU the writes are ordered on PyTorch's current stream.
+        """Replace some weights, and restore those that were replaced before. On a GPU the writes are on PyTorch's current stream.
 
         Args:
-            weights: by name, all that shall differ from the files.
+            weights: by name, all that differ from the files.
 
         Raises:
-            BundleError: if one is not there, or has another shape or dtype; nothing is written then.
+            BundleError: if a name is unknown, or a tensor has another shape or dtype; then nothing is written.
         """
         for name, value in weights.items():
             held = self[name]

@@ -1,60 +1,64 @@
-"""TensorRT plans from ONNX graphs, for every flavour, in a child process that gives all its memory back.
+"""TensorRT plans from ONNX graphs, for every flavour, each in a child process.
 
     build_plan(RTX, Path("fidelity.onnx"), Path("fidelity.plan"), spec, PlanOptions(capabilities=("SM89",)))
 
-runs `tgate_trt.engines.tensorrt_build_process`, and passes on its progress.
+The child parses the graph, compares the network with the spec, builds, streams the plan to disk, and writes the builder's whole
+log to a file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import importlib
+import re
+import resource
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from tgate_trt.engines.tensorrt_flavours import Flavour, gpu_is_present
+from tgate_trt import children
+from tgate_trt.engines.tensorrt_callbacks import Phases, file_logger, plan_writer, progress_monitor
+from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Api, Flavour, compute_capability, gpu_is_present
+from tgate_trt.engines.tensorrt_network import add_profile, check_network, one_line, parse
 from tgate_trt.errors import BuildError, InputError, UnsupportedError
+from tgate_trt.files import replacing
 from tgate_trt.specs import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import tensorrt
 
 OPTIMIZATION_LEVELS = range(6)
 """From the fastest build to the fastest engine; TensorRT's own default is 3."""
 
-_CHILD = "tgate_trt.engines.tensorrt_build_process"
-_SECONDS_TO_STOP = 10
-"""How long a child that was asked to stop may take to remove what it wrote."""
-
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How plans are built; what is None is left to TensorRT."""
+    """How plans are built. TensorRT decides where a value is None."""
 
     capabilities: tuple[str, ...] = ()
-    """GPUs to build for, such as ``SM89``; the one of this machine if empty."""
+    """Compute capabilities to build for, such as ``SM89``; that of this machine's GPU if empty."""
     optimization_level: int | None = None
     """Of `OPTIMIZATION_LEVELS`."""
     workspace: int | None = None
-    """Most bytes of scratch memory on the GPU that a kernel may use."""
+    """Limit in bytes of the scratch memory on the GPU that a kernel may use."""
     version_compatible: bool = False
-    """Whether later versions of TensorRT shall run the plan too."""
+    """Whether later versions of TensorRT can run the plan too."""
     hardware_compatible: bool = False
-    """Whether other GPUs of Ampere and later shall run the plan too."""
+    """Whether other GPUs, of Ampere and later, can run the plan too."""
     refittable: bool = False
-    """Whether the weights in the plan can be exchanged."""
+    """Whether the weights in the plan can be replaced."""
     stripped: bool = False
-    """Whether the plan leaves its weights out; they are put in when it is loaded. Such a plan is refittable."""
+    """Whether the plan omits its weights, which are then added when it is loaded. Such a plan is refittable."""
 
     def check(self, flavour: Flavour, *, has_gpu: bool) -> None:
-        """Refuse before anything is started what this product or this machine cannot build.
+        """Check before a build starts that this product can build so on this machine.
 
         Raises:
             InputError: if a value is impossible.
-            UnsupportedError: if it takes another product, or a GPU.
+            UnsupportedError: if the options need another product, or a GPU.
         """
         flavour.check_capabilities(self.capabilities)
         if self.optimization_level is not None and self.optimization_level not in OPTIMIZATION_LEVELS:
@@ -69,7 +73,7 @@ class PlanOptions:
             return
         if not flavour.builds_ahead_of_time:
             raise UnsupportedError(
-                f"{flavour.backend} builds on a machine with an NVIDIA GPU, and there is none here; tensorrt-rtx builds without"
+                f"{flavour.backend} builds on a machine with an NVIDIA GPU, and there is none here; tensorrt-rtx builds without one"
             )
         if self.refittable or self.stripped:
             raise UnsupportedError(
@@ -77,14 +81,23 @@ class PlanOptions:
                 "--weights shared keeps the weights out of the plan and builds without one"
             )
 
-    def to_json(self) -> dict[str, Any]:
-        """The options as plain JSON data."""
-        return dataclasses.asdict(self) | {"capabilities": list(self.capabilities)}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PlanOptions:
-        """Read what `to_json` wrote."""
-        return cls(**{**data, "capabilities": tuple(data["capabilities"])})
+@dataclass(frozen=True)
+class PlanTask:
+    """What a child process builds."""
+
+    backend: str
+    graph: Path
+    """ONNX file."""
+    plan: Path
+    """File to write."""
+    spec: GraphSpec
+    """Of the graph, with weights that are inputs."""
+    options: PlanOptions
+    plugins: bool
+    """Whether the graph names the plugin of `tgate_trt.kernels.tensorrt_plugin`."""
+    log: Path
+    timing_cache: Path | None
 
 
 def build_plan(
@@ -98,90 +111,158 @@ def build_plan(
     plugins: bool = False,
     log: Path | None = None,
     timing_cache: Path | None = None,
-    on_progress: Callable[[float, str], None] | None = None,
+    on_progress: children.OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Build one plan in a child process; the plan's file is there whole at the end, or not at all.
+    """Build one plan in a child process. The file is written whole or not at all.
 
     Args:
         flavour: TensorRT or TensorRT-RTX.
-        graph: ONNX file, its weights where it says.
+        graph: ONNX file, its weights where it refers to them.
         plan: file to write.
-        spec: what the graph takes and gives, with the bounds of every named dimension: the optimisation profile.
+        spec: the graph's inputs and outputs. The bounds of its named dimensions become the optimisation profile.
         options: how to build.
         parameters: weights that are inputs of the graph, by name.
         plugins: whether the graph names the plugin of `tgate_trt.kernels.tensorrt_plugin`.
         log: file for the builder's whole log; beside the plan if None.
-        timing_cache: file of kernel times that builds share, for TensorRT; is made if it does not exist.
-        on_progress: is told the fraction done, from 0 to 1, and the name of the phase.
+        timing_cache: file of kernel timings that builds with TensorRT share; is made if it does not exist.
+        on_progress: receives the fraction done, from 0 to 1, and the name of the phase.
 
     Returns:
-        ``seconds``, ``bytes`` of the plan, its ``layers`` and the peak memory of the child in ``peak_rss`` bytes.
+        ``seconds``, ``bytes`` of the plan, its ``layers``, and the child's peak memory in bytes as ``peak_rss``.
 
     Raises:
+        InputError: if an option is impossible.
         BuildError: if the graph cannot be parsed or built, in one sentence with the node's name and a hint.
-        UnsupportedError: if the flavour is not installed, or cannot build so here.
+        UnsupportedError: if the flavour is not installed, or cannot build this here.
     """
     options.check(flavour, has_gpu=gpu_is_present())
     flavour.load()
-    inputs = [*spec.inputs, *(parameters or {}).values()]
-    task = {
-        "backend": flavour.backend,
-        "graph": str(graph),
-        "plan": str(plan),
-        "name": spec.name,
-        "spec": dataclasses.replace(spec, inputs=tuple(inputs)).to_json(),
-        "options": options.to_json(),
-        "plugins": plugins,
-        "log": str(log or plan.with_suffix(".log")),
-        "timing_cache": None if timing_cache is None or not flavour.has_timing_cache else str(timing_cache),
-    }
-    end = _run_child(task, on_progress or (lambda fraction, phase: None))
-    if "error" in end:
-        raise (UnsupportedError if end.get("unsupported") else BuildError)(end["error"])
-    return end
+    log = log or plan.with_suffix(".log")
+    every_input = (*spec.inputs, *(parameters or {}).values())
+    timings = timing_cache if flavour.has_timing_cache else None
+    with replacing(plan) as partial:
+        task = PlanTask(flavour.backend, graph, partial, replace(spec, inputs=every_input), options, plugins, log, timings)
+        what = f"building the {spec.name} engine with {flavour.backend}"
+        hint = f"if memory ran out, build with --weights shared, which takes a tenth of it; the whole log is in {log}"
+        return children.run(build, task, what, hint, on_progress)
 
 
-def _run_child(task: Mapping[str, Any], on_progress: Callable[[float, str], None]) -> dict[str, Any]:
-    """Run the child, pass on its progress, and give its last line."""
-    command = [sys.executable, "-P", "-m", _CHILD]
-    end: dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+def build(task: PlanTask) -> dict[str, Any]:
+    """Build a plan in this process; see `build_plan`. Needs neither torch nor onnx, except for a plugin, which needs torch.
+
+    Raises:
+        BuildError: if the graph cannot be parsed or built, in one sentence with the node's name and a hint.
+        UnsupportedError: if the plugin cannot be built here.
+    """
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("w", encoding="utf-8") as log:
         try:
-            assert child.stdin is not None and child.stdout is not None
-            child.stdin.write(json.dumps(task))
-            child.stdin.close()
-            for line in child.stdout:
-                message = json.loads(line)
-                if "phase" in message:
-                    on_progress(message["fraction"], message["phase"])
-                else:
-                    end = message
-        except BaseException:
-            _stop(child)
-            raise
-    if not end:
-        partial_of(Path(task["plan"])).unlink(missing_ok=True)
-        end = {"error": _death(task, child.returncode)}
-    return end
+            return _build(task, log) | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        except UnsupportedError as error:
+            raise UnsupportedError(_sentence(task, str(error))) from error
+        except (BuildError, OSError, MemoryError) as error:
+            raise BuildError(_sentence(task, str(error) or type(error).__name__)) from error
 
 
-def _stop(child: subprocess.Popen[str]) -> None:
-    """Ask the child to cancel, and end it if it does not."""
-    child.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(_SECONDS_TO_STOP)
-    if child.poll() is None:
-        child.kill()
+def _build(task: PlanTask, log: TextIO) -> dict[str, Any]:
+    flavour = FLAVOURS[task.backend]
+    trt = flavour.load()
+    phases, errors = Phases(), list[str]()
+    signal.signal(signal.SIGINT, lambda *_: setattr(phases, "cancelled", True))
+    start = time.perf_counter()
+    trt_logger = file_logger(trt, log, errors)
+    builder = trt.Builder(trt_logger)
+    if task.plugins:
+        _register_plugin(trt, task.options)
+    network, parser = parse(trt, builder, task.graph, trt_logger)
+    check_network(network, task.spec)
+    layers = network.num_layers
+    config = configure(trt, flavour, builder, task.spec, task.options)
+    config.progress_monitor = monitor = progress_monitor(trt, phases)
+    with _timing_cache(config, task.timing_cache):
+        done = _serialize(trt, builder, network, config, task.plan)
+    del parser, monitor  # TensorRT used them until here
+    if not done:
+        reason = one_line(errors[0]) if errors else "the builder gave no reason"
+        raise BuildError("it was cancelled" if phases.cancelled else reason)
+    return {"seconds": round(time.perf_counter() - start, 1), "bytes": task.plan.stat().st_size, "layers": layers}
 
 
-def _death(task: Mapping[str, Any], status: int) -> str:
-    if status == -signal.SIGKILL:
-        reason = "the system ended the builder, mostly for want of memory; build with --weights shared, which takes a tenth"
-    else:
-        reason = f"the builder ended with exit code {status}"
-    return f"{task['backend']} did not build the {task['name']} engine: {reason}; the whole log is in {task['log']}"
+def configure(trt: Api, flavour: Flavour, builder: tensorrt.Builder, spec: GraphSpec, options: PlanOptions) -> tensorrt.IBuilderConfig:
+    """The builder's configuration for a spec and options."""
+    config = builder.create_builder_config()
+    add_profile(builder, config, spec)
+    flavour.set_target(trt, config, options.capabilities)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    flags = {
+        trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
+        trt.BuilderFlag.REFIT: options.refittable and not options.stripped,
+        trt.BuilderFlag.STRIP_PLAN: options.stripped,
+    }
+    for flag, wanted in flags.items():
+        if wanted:
+            config.set_flag(flag)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return config
 
 
-def partial_of(path: Path) -> Path:
-    """Where a file is while it is being written."""
-    return path.with_name(f".{path.name}.partial")
+@contextlib.contextmanager
+def _timing_cache(config: tensorrt.IBuilderConfig, path: Path | None) -> Iterator[None]:
+    """Let a build read a file of kernel timings and add its own."""
+    if path is None:
+        yield
+        return
+    known = path.read_bytes() if path.is_file() else b""
+    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(memoryview(cast(Any, config.get_timing_cache().serialize())))
+
+
+def _serialize(
+    trt: Api, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, plan: Path
+) -> bool:
+    """Build, and write the plan block by block; TensorRT before 10.12 returns it in one piece.
+
+    Returns:
+        Whether there is a plan.
+    """
+    with plan.open("wb") as file:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            done = bool(builder.build_serialized_network_to_stream(network, config, plan_writer(trt, file)))
+        else:
+            blob = builder.build_serialized_network(network, config)
+            done = blob is not None
+            if done:
+                file.write(memoryview(cast(Any, blob)))
+    return done and plan.stat().st_size > 0
+
+
+def _register_plugin(trt: Api, options: PlanOptions) -> None:
+    """Register the plugin with TensorRT, for the GPU here, or for the oldest GPU that must run the plan."""
+    from tgate_trt.kernels import tensorrt_plugin
+
+    plugin = importlib.import_module(f"{trt.__name__}.plugin")
+    capability = "SM80" if options.hardware_compatible else str(compute_capability())
+    tensorrt_plugin.register(plugin, int(capability.removeprefix("SM")))
+
+
+_HINTS = (
+    (r"(Half|Float|BFloat16) and (Half|Float|BFloat16)|of type (Half|Float)", "two dtypes meet there; please report it"),
+    (r"No importer registered|Plugin not found", "TensorRT has no such operator; use --backend onnxruntime, and please report it"),
+    (r"\(SM75\)", "leave SM75 out of --compute-capability, or build with --precision fp16"),
+    (r"(?i)out of memory|bad_alloc|MemoryError", "free some memory, or build with --weights shared"),
+    (r"No space left", "free some disk space, or choose another --output"),
+    (r"(?i)cuda (initialization|runtime|driver)", "this takes an NVIDIA GPU and its driver"),
+)
+"""What to do about a message that matches a pattern."""
+
+
+def _sentence(task: PlanTask, reason: str) -> str:
+    hint = next((f"; {hint}" for pattern, hint in _HINTS if re.search(pattern, reason)), "")
+    return f"{task.backend} cannot build the {task.spec.name} engine: {reason[:400]}{hint}; the whole log is in {task.log}"

@@ -1,10 +1,10 @@
-"""What differs between TensorRT 10, TensorRT 11 and TensorRT-RTX 1: all of it is here, each difference with its reason.
+"""All differences between TensorRT 10, TensorRT 11 and TensorRT-RTX 1, each with its reason.
 
-The three share one Python API. Everything else in this room takes the module as its argument, named ``trt`` and typed
-`Api`, and names enum members, never their numbers, which moved between versions.
+The three share one Python API. All other modules here take TensorRT's module as an argument ``trt`` of type `Api`, and name enum
+members, never their numbers, which changed between versions.
 
-Run by us: TensorRT-RTX 1.7, the builder on machines without a GPU. Type-checked only, never run: TensorRT 10 and 11, and
-the whole runtime half of TensorRT-RTX, which needs a GPU.
+We have run the builder of TensorRT-RTX 1.7, on machines without a GPU. TensorRT 10 and 11, and the runtime of TensorRT-RTX, which
+needs a GPU, are type-checked and have not been run.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from tgate_trt.errors import InputError, UnsupportedError
 if TYPE_CHECKING:
     import tensorrt
 
+DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+"""TensorRT's names of the dtypes."""
+
 
 class Api(Protocol):
-    """The part of the modules `tensorrt` and `tensorrt_rtx` that is used here: the same in both."""
+    """The part of the modules `tensorrt` and `tensorrt_rtx` that we use, which is the same in both."""
 
     __name__: str
     __version__: str
     Builder: type[tensorrt.Builder]
     BuilderFlag: type[tensorrt.BuilderFlag]
     DataType: type[tensorrt.DataType]
-    EngineValidity: Any
     ExecutionContextAllocationStrategy: type[tensorrt.ExecutionContextAllocationStrategy]
     HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
     ILogger: type[tensorrt.ILogger]
@@ -45,8 +47,6 @@ class Api(Protocol):
     Refitter: type[tensorrt.Refitter]
     Runtime: type[tensorrt.Runtime]
     SeekPosition: type[tensorrt.SeekPosition]
-    TensorIOMode: type[tensorrt.TensorIOMode]
-    TensorLocation: type[tensorrt.TensorLocation]
     Weights: type[tensorrt.Weights]
 
 
@@ -55,21 +55,21 @@ class Flavour:
     """One of the two products."""
 
     backend: str
-    """Name of the backend, as the commands take it."""
+    """Name of the backend in the commands."""
     modules: tuple[str, ...]
-    """Python modules to try, the first that imports wins."""
+    """Python modules to try; the first that imports is used."""
     requirement: str
-    """What to install."""
+    """Package to install."""
     capabilities: tuple[str, ...]
-    """GPUs for which plans can be built on another machine. TensorRT builds only for the GPU that it measures on."""
+    """Compute capabilities for which any machine can build plans. TensorRT builds only for the GPU on which it times kernels."""
     capabilities_by_default: tuple[str, ...]
-    """Those for which to build where neither a GPU is at hand nor one named: on Turing (SM75) TensorRT-RTX refuses fp32 GEMMs."""
+    """Those to build for if none is named and no GPU is present. SM75 is not among them: there TensorRT-RTX refuses fp32 GEMMs."""
     has_timing_cache: bool
-    """TensorRT times kernels while it builds. TensorRT-RTX times none: it ends the work when it loads a plan."""
+    """Whether builds time kernels, and can keep the timings. TensorRT-RTX times none; it completes a plan when it loads it."""
     has_runtime_cache: bool
-    """TensorRT-RTX compiles kernels for the GPU at hand when a plan is loaded, and can keep them."""
+    """Whether kernels are compiled for this GPU when a plan is loaded, and can be kept. TensorRT compiles them in the build."""
     takes_plugins: bool
-    """TensorRT-RTX has no plugins."""
+    """Whether a graph may hold plugins."""
 
     @property
     def builds_ahead_of_time(self) -> bool:
@@ -84,7 +84,7 @@ class Flavour:
         """Its Python module.
 
         Raises:
-            UnsupportedError: if it is not installed here.
+            UnsupportedError: if the module is not installed.
         """
         module = self._import()
         if module is None:
@@ -106,9 +106,9 @@ class Flavour:
                 continue
             try:
                 module = importlib.import_module(name)
-            except (ImportError, OSError):  # its shared libraries do not load
+            except (ImportError, OSError):  # its shared libraries cannot be loaded
                 continue
-            if hasattr(module, "Builder"):  # a folder of type stubs imports too, as an empty namespace
+            if hasattr(module, "Builder"):  # a folder of type stubs imports as an empty namespace
                 return module
         return None
 
@@ -120,18 +120,18 @@ class Flavour:
         if version is None:
             return f"{self.requirement} is not installed"
         release = tuple(int(part) for part in version.split(".")[:2])
-        # torch-tensorrt leaves such plugins alone on 10.14.
+        # torch-tensorrt does not use such plugins on 10.14.
         if release < (10, 9) or release == (10, 14):
-            return f"plugins that are compiled ahead of time take TensorRT 10.9 or later, but not 10.14; {version} is installed"
+            return f"plugins that are compiled ahead of time need TensorRT 10.9 or later, but not 10.14; {version} is installed"
         if importlib.util.find_spec("triton") is None:
-            return "compiling the plugin takes Triton, which is not installed"
+            return "compiling the plugin needs Triton, which is not installed"
         return None
 
     def check_capabilities(self, capabilities: Sequence[str]) -> None:
-        """Check the names of the GPUs to build for.
+        """Check the compute capabilities to build for.
 
         Raises:
-            InputError: if this product does not know one, or builds for the GPU at hand alone.
+            InputError: if this product does not build for one of them, or builds only for the GPU of this machine.
         """
         for name in capabilities:
             if not self.builds_ahead_of_time:
@@ -140,7 +140,7 @@ class Flavour:
                 raise InputError(f"{self.backend} does not build for {name!r}; it builds for {', '.join(self.capabilities)}")
 
     def set_target(self, trt: Api, config: tensorrt.IBuilderConfig, capabilities: Sequence[str]) -> None:
-        """Say for which GPUs to build; for the one of this machine if none is named."""
+        """Set the compute capabilities to build for; TensorRT's default if none is named."""
         if not capabilities:
             return
         rtx, rtx_config = cast(Any, trt), cast(Any, config)
@@ -151,16 +151,16 @@ class Flavour:
     def create_context(
         self, trt: Api, engine: tensorrt.ICudaEngine, *, cache: bytes | None, specialisation: str
     ) -> tuple[tensorrt.IExecutionContext, Callable[[], bytes] | None]:
-        """Make an execution context whose activation memory is the caller's.
+        """Make an execution context that works in the caller's activation memory.
 
         Args:
             trt: the module.
-            engine: of the context.
-            cache: what an earlier context's kernels were kept as, for TensorRT-RTX.
-            specialisation: of `SPECIALISATIONS`: when TensorRT-RTX compiles kernels for a shape that it has not seen.
+            engine: the plan on the GPU.
+            cache: compiled kernels that an earlier context of TensorRT-RTX returned.
+            specialisation: when TensorRT-RTX compiles kernels for a new shape: one of `SPECIALISATIONS`.
 
         Returns:
-            The context, and a function that gives what is to be kept for the next time, where there is something.
+            The context, and for TensorRT-RTX a function that returns its compiled kernels, to be kept for the next context.
         """
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.has_runtime_cache:
@@ -171,13 +171,13 @@ class Flavour:
         config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, specialisation.upper())
         kept = config.create_runtime_cache()
         if cache:
-            kept.deserialize(cache)  # False where it is of another GPU, driver or version: then it starts empty
+            kept.deserialize(cache)  # the cache stays empty if this one comes from another GPU, driver or version
         config.set_runtime_cache(kept)
         return engine.create_execution_context(config), lambda: bytes(kept.serialize())
 
 
 SPECIALISATIONS = ("lazy", "eager", "none")
-"""When TensorRT-RTX compiles kernels for a shape: in the background, at once, never."""
+"""When TensorRT-RTX compiles kernels for a new shape: in the background, at once, or never."""
 
 RTX = Flavour(
     backend="tensorrt-rtx",
@@ -203,18 +203,18 @@ FLAVOURS = {flavour.backend: flavour for flavour in (TENSORRT, RTX)}
 
 
 def gpu_is_present() -> bool:
-    """Whether the NVIDIA driver has a device here."""
+    """Whether the NVIDIA driver finds a device."""
     return compute_capability() is not None
 
 
 def compute_capability() -> str | None:
-    """The first GPU's compute capability, such as ``"SM89"``; None without one. Asked of the driver, so that torch need not be loaded."""
+    """The first GPU's compute capability, such as ``"SM89"``; None without a GPU. Read from the driver, without loading torch."""
     found = _first_gpu()
     return None if found is None else found[1]
 
 
 def gpu_name() -> str | None:
-    """What the first GPU is called; None without one."""
+    """The first GPU's name; None without a GPU."""
     found = _first_gpu()
     return None if found is None else found[0]
 
@@ -236,4 +236,4 @@ def _first_gpu() -> tuple[str, str] | None:
 
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
-"""``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` and ``…_MINOR`` of cuda.h."""
+"""``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` and ``…_MINOR`` in ``cuda.h``."""

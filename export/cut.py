@@ -4,9 +4,9 @@ A cut follows a `Recipe`. For each tap of the trace it
 
 1. makes the tap's value an input, if its kind is taken in;
 2. makes it an output, if its kind is given out;
-3. and takes the marker away.
+3. removes the marker.
 
-What is then without a use falls away: nodes, weights, and inputs such as the text of a fidelity graph.
+Then it removes what no output needs: nodes, weights, and inputs such as the text of a fidelity graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tgate_trt.taps import Recipe, kind_of
 
 
 def cut(trace: ir.Model, recipe: Recipe) -> ir.Model:
-    """Cut one graph from a trace, which stays as it is.
+    """Cut one graph from a trace, which is not changed.
 
     Raises:
         BuildError: if the trace has no tap of a kind that the recipe names.
@@ -30,7 +30,7 @@ def cut(trace: ir.Model, recipe: Recipe) -> ir.Model:
     graph = model.graph
     taps = {_name(node): node for node in graph if (node.domain, node.op_type) == (TAP_DOMAIN, TAP_OP)}
     for kind in {*recipe.takes_in, *recipe.gives_out} - {kind_of(tap) for tap in taps}:
-        raise BuildError(f"the model has no {kind.replace('_', '-')} to cut at")
+        raise BuildError(f"the model has no {kind.replace('_', '-')} to cut at; build graphs that do not need it")
     for tap, node in taps.items():
         (value,) = node.inputs
         (marked,) = node.outputs
@@ -47,17 +47,14 @@ def cut(trace: ir.Model, recipe: Recipe) -> ir.Model:
 
 
 def spec_of(model: ir.Model, name: str, rows: Bounds) -> GraphSpec:
-    """The signature of a graph."""
+    """The inputs and outputs of a graph, for batches of so many rows."""
+    inputs, outputs = (tuple(map(_spec_of, values)) for values in (model.graph.inputs, model.graph.outputs))
+    return GraphSpec(name, inputs, outputs, {ROWS: rows})
 
-    def tensors(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(
-                str(v.name), str(v.dtype.numpy()) if v.dtype else "", tuple(s if isinstance(s, int) else ROWS for s in v.shape or ())
-            )
-            for v in values
-        )
 
-    return GraphSpec(name, tensors(list(model.graph.inputs)), tensors(list(model.graph.outputs)), {ROWS: rows})
+def _spec_of(value: ir.Value) -> TensorSpec:
+    assert value.dtype is not None and value.shape is not None
+    return TensorSpec(str(value.name), str(value.dtype.numpy()), tuple(size if isinstance(size, int) else ROWS for size in value.shape))
 
 
 def _name(tap: ir.Node) -> str:
@@ -65,7 +62,7 @@ def _name(tap: ir.Node) -> str:
 
 
 def _as_output(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    """The value under an output's name, through an Identity where it is an input and so has a name of its own."""
+    """The value under an output's name. An input keeps its own name, so an Identity follows it."""
     if value.producer() is None:
         identity = ir.Node("", "Identity", [value])
         identity.outputs[0].shape, identity.outputs[0].type = value.shape, value.type

@@ -1,7 +1,7 @@
 """Trace a denoiser once, with every tap as a named node.
 
-The model's parameters are fake tensors while it is traced, so a trace costs no weights' memory, and they are inputs of
-the graph while it is simplified, so no pass can rename, fold, transpose or merge one.
+The model's parameters are fake tensors during the trace, so it needs no memory for weights. They are inputs of the graph while it is
+simplified, so no pass can rename, fold, transpose or merge one.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tgate_trt.eager import forward, tapped
+from tgate_trt.eager import forward, tapped, torch_dtype
 from tgate_trt.errors import BuildError
+from tgate_trt.export.passes import NoSqueezePass, PromoteConcatPass, RowsFromSamplePass
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, TensorSpec
 
 OPSET = 20
-"""The newest opset to which every target of ours builds; below it the exporter would convert, and inline."""
+"""The newest opset from which all our backends build. For an older one the exporter would convert the graph and inline functions."""
 
 TAP_DOMAIN, TAP_OP = "tgate", "Tap"
 """The marker node of a tap: one input, one output of the same value, and the string attribute ``name``."""
 
 
 class _ByPosition(nn.Module):
-    """The denoiser with its inputs in the order of a signature, as `torch.export` wants them."""
+    """The denoiser with its inputs in the order of a signature, as `torch.export` needs them."""
 
     def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
     """Trace a denoiser into one ONNX graph with taps, its rows symbolic and its resolution fixed.
 
     Args:
-        denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it is used up.
+        denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it cannot be used afterwards.
         inputs: its signature, `tgate_trt.models.signature.signature`.
 
     Returns:
@@ -63,15 +64,15 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
 def trace_module(
     module: nn.Module, attribute: str, inputs: Sequence[TensorSpec], outputs: Sequence[str], maximum_rows: int = MAXIMUM_ROWS
 ) -> ir.Model:
-    """Trace any module that takes and gives tensors by position.
+    """Trace any module that takes and returns tensors by position.
 
     Args:
-        module: whose ``forward(*tensors)`` is traced. It holds the model under ``attribute``, on the ``meta`` device and in
-            eval mode; that is used up.
-        attribute: whose path is left out of the parameters' names.
-        inputs: what the module takes; the first has every row.
-        outputs: names of what it gives.
-        maximum_rows: for which the trace must hold, at least 2.
+        module: the module whose ``forward(*tensors)`` is traced. Its model is on the ``meta`` device and in eval mode, and cannot be
+            used afterwards.
+        attribute: the module's attribute that is its model; it is omitted from the parameters' names.
+        inputs: the module's inputs; the first dimension of the first one counts rows.
+        outputs: names of the module's outputs.
+        maximum_rows: the largest batch for which the trace must hold, at least 2.
 
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.
@@ -82,7 +83,10 @@ def trace_module(
             model = _translate(_export(module, model_of_module, inputs, maximum_rows))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise BuildError(f"PyTorch could not trace {type(model_of_module).__name__}: {type(error).__name__}: {reason}") from error
+        raise BuildError(
+            f"PyTorch could not trace {type(model_of_module).__name__}: {type(error).__name__}: {reason}; "
+            "use the versions of constraints.txt, and if it fails with them, report it"
+        ) from error
     _name_inputs_and_outputs(model, inputs, outputs)
     parameters = _parameters_to_inputs(model, {tensor.name for tensor in inputs}, f"{attribute}.")
     _simplify(model)
@@ -102,14 +106,14 @@ def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec]
 
     with FakeTensorMode(shape_env=ShapeEnv()):
         _materialise(denoiser)
-        example = tuple(torch.zeros(tensor.concrete(**{ROWS: 2}), dtype=getattr(torch, tensor.dtype)) for tensor in inputs)
+        example = tuple(torch.zeros(tensor.concrete(**{ROWS: 2}), dtype=torch_dtype(tensor.dtype)) for tensor in inputs)
     dynamic_shapes = (tuple({axis: rows for axis, size in enumerate(tensor.shape) if size == ROWS} for tensor in inputs),)
     with torch.no_grad(), tapped(denoiser, mark):
         return torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _materialise(denoiser: nn.Module) -> None:
-    """Put an empty CPU tensor in the place of each parameter and buffer; under a `FakeTensorMode` it takes no memory."""
+    """Replace each parameter and buffer by an empty CPU tensor, which takes no memory under a `FakeTensorMode`."""
     for module in denoiser.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False))
@@ -124,7 +128,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> None:
-    """Give inputs and outputs our names, and every row dimension the name ``batch``."""
+    """Give inputs and outputs our names, and every dimension that counts rows the name ``batch``."""
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
     symbols = {str(model.graph.inputs[0].shape[0])} if model.graph.inputs[0].shape else set()
@@ -138,7 +142,11 @@ def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec], outp
 
 
 def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -> list[ir.Value]:
-    """Turn the parameters into inputs, under their state-dict names, so that no pass takes them for constants."""
+    """Make the parameters inputs under their state-dict names, so that no pass treats them as constants.
+
+    Raises:
+        BuildError: if a parameter has the name of an input.
+    """
     graph = model.graph
     parameters = [value for name, value in graph.initializers.items() if name.startswith(prefix)]
     for value in parameters:
@@ -146,93 +154,48 @@ def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -
         value.const_value = None
         value.name = str(value.name).removeprefix(prefix)
         if value.name in input_names:
-            raise BuildError(f"the parameter {value.name!r} has the name of an input; it cannot be traced")
+            raise BuildError(f"the parameter {value.name!r} has the name of an input, so the model cannot be traced; please report it")
         graph.inputs.append(value)
     return parameters
 
 
 def _inputs_to_initializers(model: ir.Model, parameters: Sequence[ir.Value]) -> None:
+    """Make the parameters initializers with a placeholder for their data, which `tgate_trt.export.weights.attach` replaces."""
     for value in parameters:
+        assert value.shape is not None and value.dtype is not None and value.name is not None
         model.graph.inputs.remove(value)
-        model.graph.register_initializer(_without_data(value))
+        value.const_value = ir.ExternalTensor("", 0, 0, value.dtype, shape=value.shape, name=value.name)
+        model.graph.register_initializer(value)
 
 
-def _without_data(value: ir.Value) -> ir.Value:
-    """Give a parameter a placeholder for its data, which `tgate_trt.export.weights.attach` replaces by the real place."""
-    assert value.shape is not None and value.dtype is not None and value.name is not None
-    value.const_value = ir.ExternalTensor("", 0, 0, value.dtype, shape=value.shape, name=value.name)
-    return value
+_TIDY = ir.passes.Sequential(
+    RowsFromSamplePass(),
+    NoSqueezePass(),
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    common.DeduplicateInitializersPass(),
+    common.CommonSubexpressionEliminationPass(),
+    common.IdentityEliminationPass(),
+    common.RemoveUnusedOpsetsPass(),
+    PromoteConcatPass(),
+    common.ClearMetadataAndDocStringPass(),
+)
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold shape arithmetic, remove what is dead or said twice, and cast where PyTorch promotes silently.
+    """Fold shape arithmetic, remove dead and duplicate nodes, and add the casts that PyTorch makes silently.
 
-    onnxscript's own `optimize` would also try its rewrite rules, at a cost that grows with the square of the nodes: on
-    SDXL two thirds of the whole trace. Every engine of ours has such rules of its own.
+    onnxscript's own `optimize` would also try its rewrite rules, at a cost that grows with the square of the number of nodes: on
+    SDXL two thirds of the whole trace. Every backend has such rules itself.
     """
     for _ in range(2):  # a fold may uncover the constants of another
         optimizer.fold_constants(model)
-        passes.RemoveUnusedNodesPass()(model)
-    _count_rows_of_the_sample(model)
-    _squeeze_what_is_one(model)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.DeduplicateInitializersPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.IdentityEliminationPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
-    _promote_explicitly(model)
-    passes.ClearMetadataAndDocStringPass()(model)
-
-
-def _count_rows_of_the_sample(model: ir.Model) -> None:
-    """Let every shape that is computed from an input's rows be computed from ``sample``, which every graph has.
-
-    The exporter asks any input for the number of rows. Asked of the text, that would keep the text alive in a graph that
-    has no other use for it.
-    """
-    inputs = {value for value in model.graph.inputs if value.shape is not None and value.shape[0] == ROWS}
-    sample = model.graph.inputs[0]
-    for node in model.graph:
-        end = node.attributes.get("end")
-        if node.op_type == "Shape" and node.inputs[0] in inputs and end is not None and end.as_int() == 1:
-            node.replace_input_with(0, sample)
-
-
-def _squeeze_what_is_one(model: ir.Model) -> None:
-    """Remove each squeeze of a dimension that is not 1: PyTorch leaves that alone, and ONNX refuses it. PixArt has one."""
-    for node in list(model.graph):
-        if node.op_type != "Squeeze" or len(node.inputs) != 2:
-            continue
-        value, axes = node.inputs
-        if value is None or value.shape is None or axes is None or axes.const_value is None:
-            continue
-        if not any(value.shape[axis] == 1 for axis in axes.const_value.numpy()):
-            node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
-
-
-def _promote_explicitly(model: ir.Model) -> None:
-    """Cast floating inputs of a concatenation to its output's dtype.
-
-    `torch.cat` promotes mixed dtypes and ONNX does not: SDXL concatenates pooled text in fp16 with a sinusoid in fp32.
-    """
-    for node in list(model.graph):
-        if node.op_type != "Concat" or len({value.dtype for value in node.inputs if value is not None}) == 1:
-            continue
-        target = node.outputs[0].dtype
-        if target is None or not target.is_floating_point():
-            continue
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype != target:
-                cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(target))])
-                cast.outputs[0].dtype, cast.outputs[0].shape = target, value.shape
-                node.prepend(cast)
-                node.replace_input_with(index, cast.outputs[0])
+        common.RemoveUnusedNodesPass()(model)
+    _TIDY(model)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on packages that we do not use to its own debug log."""
+    """Silence the exporter's warnings about packages that we do not use."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Compare a graph with the eager model in fp32, on fresh random inputs.
+"""Compare a graph with the eager model in fp32 on new random inputs.
 
-The error of an output is ``‖graph − eager‖₂ / ‖eager‖₂``; a check's error is that of its worst output.
+The error of an output is ``‖graph − eager‖₂ / ‖eager‖₂``; a check reports its worst output.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tgate_trt.eager import torch_dtype
 from tgate_trt.errors import VerificationError
 from tgate_trt.specs import CACHE_PREFIX, ROWS, GraphSpec, TensorSpec
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}
-"""Largest relative L2 error of each precision, against fp32."""
+"""Largest relative L2 error that a graph of each precision may have against fp32."""
 
 Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
-"""Runs a graph: inputs and caller-owned outputs by name."""
-
+"""Runs a graph, given inputs and caller-owned outputs by name."""
 
 RunEager = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Runs the eager model: the model in fp32, inputs by name; gives outputs by name."""
+"""Runs the eager model in fp32 on inputs by name, and returns outputs by name."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,11 @@ class Report:
         return max(self.checks, key=lambda check: _badness(check.error))
 
     def raise_if_wrong(self) -> None:
-        """Raise `VerificationError` if a check is above the tolerance (or not a number)."""
+        """Check the errors against the tolerance.
+
+        Raises:
+            VerificationError: if one is above it, or not a number.
+        """
         if not self.worst.error <= self.tolerance:
             raise VerificationError(
                 f"the {self.graph} graph differs from eager PyTorch: relative error {self.worst.error:.2e} in {self.worst.output!r} "
@@ -75,18 +79,18 @@ def verify(
 ) -> Report:
     """Run the eager model, free it, then run the graph on the same inputs.
 
-    The two are loaded one after the other, so that the larger of them bounds the memory.
+    Only one of the two is in memory at a time.
 
     Args:
-        load_denoiser: gives the eager model in fp32.
-        load_graph: gives a function that runs the graph on the CPU.
+        load_denoiser: returns the eager model in fp32.
+        load_graph: returns a function that runs the graph on the CPU.
         spec: the graph's inputs and outputs.
-        run_eager: runs the eager model on the same inputs, and gives the graph's outputs.
-        signature: inputs of the whole model, which the eager model needs even where the graph does not.
+        run_eager: runs the eager model on the same inputs and returns the graph's outputs.
+        signature: inputs of the whole model, all of which the eager model needs.
         rows: batch sizes to compare at.
-        precision: of the graph; sets the tolerance.
-        vocabulary: random token ids are below it.
-        seed: of the random inputs; a fresh one if None.
+        precision: precision of the graph, which determines the tolerance.
+        vocabulary: upper bound of random token ids, exclusive.
+        seed: seed of the random inputs; a new one if None.
     """
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     every_input = {tensor.name: tensor for tensor in (*signature, *spec.inputs)}.values()
@@ -101,7 +105,7 @@ def verify(
 
 
 def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Generator, vocabulary: int = 1) -> dict[str, Tensor]:
-    """Unit normal values for each tensor, for ``timestep`` fractional steps between 0 and 1000, for integers token ids.
+    """Random values: unit normal, but fractional steps from 0 to 1000 for ``timestep``, and token ids for integers.
 
     The values are rounded to the tensors' dtypes, so that graph and model read the same numbers.
     """
@@ -112,13 +116,13 @@ def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Gen
             value = torch.rand(value.shape, generator=generator) * 1000
         elif tensor.dtype == "int64":
             value = torch.randint(vocabulary, value.shape, generator=generator)
-        values[tensor.name] = value.to(getattr(torch, tensor.dtype))
+        values[tensor.name] = value.to(torch_dtype(tensor.dtype))
     return values
 
 
 def _check(run: Run, spec: GraphSpec, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Check:
     (rows,) = {tensor.shape[0] for tensor in inputs.values()}
-    outputs = {o.name: torch.full(o.concrete(**{ROWS: rows}), torch.nan, dtype=getattr(torch, o.dtype)) for o in spec.outputs}
+    outputs = {o.name: torch.full(o.concrete(**{ROWS: rows}), torch.nan, dtype=torch_dtype(o.dtype)) for o in spec.outputs}
     run({tensor.name: inputs[tensor.name] for tensor in spec.inputs}, outputs)
     errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     worst = max(errors, key=lambda name: _badness(errors[name]))
@@ -130,11 +134,11 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual − expected‖₂ / ‖expected‖₂``, computed in fp64 sums."""
+    """``‖actual − expected‖₂ / ‖expected‖₂``, with sums in fp64."""
     difference = (actual.float() - expected.float()).norm(dtype=torch.float64)
     return float(difference / expected.norm(dtype=torch.float64))
 
 
 def _badness(error: float) -> float:
-    """An error as a sort key: not-a-number is the worst of all."""
+    """An error as a sort key, with not-a-number above all others."""
     return math.inf if math.isnan(error) else error

@@ -1,4 +1,4 @@
-"""A graph whose weights are inputs: an engine of it holds none, and serves every checkpoint of the architecture."""
+"""A graph whose weights are inputs: its engine holds none, and runs every checkpoint of the architecture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def turn_weights_into_inputs(model: ir.Model, *, convolutions: bool = True) -> d
     """Make a graph's parameters inputs under their own names.
 
     Args:
-        model: whose parameters are external data; it is changed.
-        convolutions: whether the parameters of convolutions become inputs too. Left in, they stay constants, for which
-            an engine may choose and pack kernels when it is built.
+        model: a graph whose parameters are external data; it is modified.
+        convolutions: whether the parameters of convolutions become inputs too. As constants, they allow an engine to choose kernels
+            and to pack weights when it is built.
 
     Returns:
-        The parameters that are now inputs, by name, in the order in which the graph takes them.
+        The parameters that became inputs, by name, in the graph's order.
     """
     kept = set() if convolutions else {value for node in model.graph if node.op_type == "Conv" for value in node.inputs}
     parameters = {}

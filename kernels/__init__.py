@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op."""
+"""Triton kernels, one op a file."""

@@ -1,7 +1,7 @@
 """Compile the kernels to PTX and cubin for any GPU, on a machine without one.
 
-What comes out takes the kernel's own arguments and nothing else: Triton's launcher passes two scratch pointers more, which
-nobody else does, so they are taken off the entry. What `ptxas` says of registers, shared memory and spills is kept beside.
+A compiled kernel takes its own arguments only. Triton's launcher passes two more pointers to scratch memory; no other launcher does,
+so they are removed from the entry. The registers, shared memory and spills that `ptxas` reports are kept with the kernel.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from typing import Any
 import torch
 
 from tgate_trt.errors import BuildError, UnsupportedError
+from tgate_trt.files import replace_file
 from tgate_trt.kernels import cached_residual_layer_norm as norm
 from tgate_trt.kernels import hand_off
-from tgate_trt.kernels.language import DTYPES, HAS_TRITON, power_of_two, tl
+from tgate_trt.kernels.language import DTYPES, HAS_TRITON, power_of_two, triton_dtype
 
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
-"""Compute capabilities that every release is compiled for by the tests, times ten: Turing to Blackwell."""
+"""Compute capabilities, times ten, for which the tests compile every kernel: Turing to Blackwell."""
 
 ALIGNMENT = 16
-"""Bytes to which the pointers of a kernel that is compiled ahead of time must be aligned."""
+"""Alignment in bytes of the pointers that a compiled kernel takes."""
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """What one kernel is compiled for, besides the GPU."""
+    """A kernel with the constants that it is compiled for, on any GPU."""
 
     kernel: Any
     arguments: Mapping[str, str]
-    """Triton's type of each argument that is passed at a launch, in order: ``*fp16``, ``i32``."""
+    """Triton's type of each launch argument, in order, such as ``*fp16`` or ``i32``."""
     constants: Mapping[str, Any]
     warps: int
     owned: int
-    """Rows that one program owns, of those that the grid must cover."""
+    """Rows that one program owns; the grid must cover all rows."""
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel for one GPU, and all that a launch of it needs.
+    """A kernel for one GPU, and everything that a launch needs.
 
-    The grid is ``[ceil(rows / owned), 1, 1]``, the block ``[32 · warps, 1, 1]``; arguments are passed in the order of ``arguments``.
+    The grid is ``[ceil(rows / owned), 1, 1]``, the block ``[32 · warps, 1, 1]``. Arguments are passed in the order of ``arguments``.
     """
 
     entry: str
@@ -60,22 +61,18 @@ class CompiledKernel:
     shared_bytes: int
     """Dynamic shared memory of a block."""
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     spilled_bytes: int
-    """Of a thread, stores and loads together."""
+    """Bytes that a thread spills, stores and loads together."""
     ptx: str = dataclasses.field(repr=False)
     cubin: bytes = dataclasses.field(repr=False)
 
-    def programs(self, rows: int) -> int:
-        """How many programs a launch over some rows has."""
-        return -(-rows // self.owned)
-
 
 def cached_residual_layer_norm(width: int, dtype: torch.dtype, epsilon: float) -> Specialisation:
-    """The fused reuse of the cache on dense rows: inputs, number of rows, outputs.
+    """The fused reuse of the cache on dense rows. Its arguments are the inputs, the number of rows, and the outputs.
 
     Raises:
-        UnsupportedError: if the kernel does not take the width or the dtype.
+        UnsupportedError: if the kernel does not support the width or the dtype.
     """
     norm.check_takes(width, dtype)
     tile, pointer = norm.tile_of(width), f"*{DTYPES[dtype]}"
@@ -87,12 +84,12 @@ def cached_residual_layer_norm(width: int, dtype: torch.dtype, epsilon: float) -
 
 def hand_off_of(dtype: torch.dtype, mean: bool) -> Specialisation:
     """The hand-off at the gate; its grid covers the rows of its table."""
-    constants = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "MEAN": mean, "ALIGNED": ALIGNMENT, "BLOCK": hand_off.BLOCK}
+    constants = {"DTYPE": triton_dtype(dtype), "MEAN": mean, "ALIGNED": ALIGNMENT, "BLOCK": hand_off.BLOCK}
     return Specialisation(hand_off.hand_off_kernel, {"table": "*i64"}, constants, hand_off.WARPS, 1)
 
 
 def compile_kernel(specialisation: Specialisation, capability: int, folder: Path | None = None) -> CompiledKernel:
-    """Compile a kernel, or take it from the cache where the very same was compiled before.
+    """Compile a kernel, or read it from the cache if it was compiled before.
 
     Args:
         specialisation: of one of this package's kernels.
@@ -101,7 +98,7 @@ def compile_kernel(specialisation: Specialisation, capability: int, folder: Path
 
     Raises:
         UnsupportedError: if Triton is not installed.
-        BuildError: if the compiler fails, or the kernel needs scratch memory, which only Triton's own launcher gives.
+        BuildError: if the compiler fails, or the kernel needs scratch memory, which only Triton's own launcher provides.
     """
     if not HAS_TRITON:
         raise UnsupportedError("compiling the kernels needs Triton; install it with `pip install triton` (Linux)")
@@ -112,9 +109,7 @@ def compile_kernel(specialisation: Specialisation, capability: int, folder: Path
         return CompiledKernel(**{**kept, "arguments": tuple(kept["arguments"]), "cubin": bytes.fromhex(kept["cubin"])})
     compiled = _compile(specialisation, capability)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".partial", delete=False, encoding="utf-8") as file:
-        json.dump({**dataclasses.asdict(compiled), "cubin": compiled.cubin.hex()}, file)
-    Path(file.name).replace(path)
+    replace_file(path, json.dumps({**dataclasses.asdict(compiled), "cubin": compiled.cubin.hex()}))
     return compiled
 
 
@@ -150,30 +145,22 @@ def _compile(specialisation: Specialisation, capability: int) -> CompiledKernel:
     except Exception as error:
         raise BuildError(f"Triton cannot compile {kernel.__name__} for SM{capability}: {_first_line(error)}") from error
     if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
-        raise BuildError(f"{kernel.__name__} needs scratch memory, which only Triton's own launcher gives")
+        raise BuildError(f"{kernel.__name__} needs scratch memory, which only Triton's own launcher provides; please report it")
     entry = built.metadata.name
     ptx = _without_scratch(built.asm["ptx"], entry, [_PTX_TYPES[type_[0]] for type_ in arguments.values()])
-    cubin, said = _assemble(ptx, capability)
-    registers = re.search(r"Used (\d+) registers", said)
-    spilled = re.findall(r"(\d+) bytes spill", said)
+    cubin, report = _assemble(ptx, capability)
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.findall(r"(\d+) bytes spill", report)
     if registers is None or not spilled:
-        raise BuildError(f"ptxas did not say what {entry} takes: {said}")
-    return CompiledKernel(
-        entry,
-        capability,
-        tuple(arguments.values()),
-        specialisation.owned,
-        specialisation.warps,
-        built.metadata.shared,
-        int(registers[1]),
-        sum(map(int, spilled)),
-        ptx,
-        cubin,
-    )
+        raise BuildError(f"ptxas must report the registers and spills of {entry}, got {report!r}; please report it")
+    shared_bytes, spilled_bytes = built.metadata.shared, sum(map(int, spilled))
+    owned, warps = specialisation.owned, specialisation.warps
+    types = tuple(arguments.values())
+    return CompiledKernel(entry, capability, types, owned, warps, shared_bytes, int(registers[1]), spilled_bytes, ptx, cubin)
 
 
 def _ptx_version(capability: int) -> int:
-    """About the oldest PTX that knows the GPU, so that older drivers take it too: that of CUDA 12.0, 12.8 or 12.9."""
+    """A PTX version of CUDA 12.0, 12.8 or 12.9: about the oldest with this GPU, so that older drivers load it too."""
     if capability < 100:
         return 80
     return 87 if capability in (100, 120) else 88
@@ -187,10 +174,14 @@ def _parameters(ptx: str, entry: str) -> list[str]:
 
 
 def _without_scratch(ptx: str, entry: str, expected: list[str]) -> str:
-    """The PTX with the parameters of its arguments alone; those of scratch memory, which follow them, must be without a use."""
+    """Remove the parameters that follow the kernel's arguments: pointers to scratch memory, which it must not use.
+
+    Raises:
+        BuildError: if the first parameters are not the arguments, or the kernel reads one of the others.
+    """
     parameters = _parameters(ptx, entry)
     kept, dropped = parameters[: len(expected)], parameters[len(expected) :]
-    if [_PARAMETER.findall(parameter)[0][0] for parameter in kept] != expected:
+    if parameters_of(ptx, entry)[: len(expected)] != expected:
         raise BuildError(f"the parameters of {entry} are not its arguments: {parameters}")
     for parameter in dropped:
         ((_, name),) = _PARAMETER.findall(parameter)
@@ -201,7 +192,11 @@ def _without_scratch(ptx: str, entry: str, expected: list[str]) -> str:
 
 
 def _assemble(ptx: str, capability: int) -> tuple[bytes, str]:
-    """The cubin, and what ptxas says of it."""
+    """The cubin, and the report of ptxas.
+
+    Raises:
+        BuildError: if ptxas fails.
+    """
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"\.target\s+(\w+)", ptx)
@@ -217,7 +212,7 @@ def _assemble(ptx: str, capability: int) -> tuple[bytes, str]:
 
 
 def _key(specialisation: Specialisation, capability: int) -> str:
-    """Another for every difference that could make another binary: source, specialisation, GPU and compiler."""
+    """Hash of everything that determines the binary: source, specialisation, GPU and compiler."""
     import triton
 
     parts = {

@@ -1,8 +1,8 @@
-"""Reuse of a cached cross-attention: add it to the hidden states, and normalise the sum, in one pass over memory.
+"""Reuse of a cached cross-attention: add it to the hidden states and normalise the sum in one pass over memory.
 
-``residual = hidden + cache; normed = LayerNorm(residual) · weight + bias``, the op that an ONNX graph knows as
-``tgate::CachedResidualLayerNorm`` and PyTorch as ``torch.ops.tgate.cached_residual_layer_norm``. It reads two tensors and
-writes two; addition and normalisation one after the other read three and write two.
+``residual = hidden + cache; normed = LayerNorm(residual) · weight + bias``. The op is ``tgate::CachedResidualLayerNorm`` in an ONNX
+graph and ``torch.ops.tgate.cached_residual_layer_norm`` in PyTorch. It reads two tensors and writes two; an addition followed by a
+norm reads three and writes two.
 """
 
 from __future__ import annotations
@@ -17,36 +17,39 @@ from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.kernels.language import DTYPES, HAS_TRITON, jit, power_of_two, tl
 
 WIDTHS = range(64, 4097)
-"""Widths that the kernel takes; the reference takes any."""
+"""Widths that the kernel supports; the reference supports all."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program of the kernel works: on how many rows at a time, with how many warps."""
+    """The share of one program of the kernel."""
 
     rows: int
+    """Rows that it normalises."""
     warps: int
+    """Warps that it runs on."""
 
 
 TUNED = {320: Tile(1, 1), 640: Tile(1, 2), 1152: Tile(1, 4), 1280: Tile(1, 4)}
-"""For the widths of SD 1.5 (320, 640, 1280), SDXL (640, 1280) and PixArt (1152): 16 elements a thread, two loads of 16 bytes in fp16."""
+"""For SD 1.5 (320, 640, 1280), SDXL (640, 1280) and PixArt (1152): up to 16 elements a thread, two loads of 16 bytes in fp16."""
 
 
 def tile_of(width: int) -> Tile:
-    """The tile for rows of a width: about 16 elements a thread."""
+    """The tile for rows of a width, with about 16 elements a thread."""
     block = power_of_two(width)
     return TUNED.get(width) or Tile(max(1, 512 // block), min(8, max(1, block // 512)))
 
 
 def check_takes(width: int, dtype: torch.dtype) -> None:
-    """Check that the kernel takes rows of a width and dtype.
+    """Check that the kernel supports rows of a width and dtype.
 
     Raises:
         UnsupportedError: if it does not.
     """
     if dtype not in DTYPES or width not in WIDTHS:
         raise UnsupportedError(
-            f"the kernel takes rows of {WIDTHS.start} to {WIDTHS.stop - 1} in fp16, bf16 or fp32, got rows of {width} in {dtype}"
+            f"the kernel takes rows of {WIDTHS.start} to {WIDTHS.stop - 1} in fp16, bf16 or fp32, got rows of {width} in {dtype}; "
+            "use --fuse-cache-reuse off"
         )
 
 
@@ -66,7 +69,7 @@ def cached_residual_layer_norm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,  # the power of two that holds WIDTH
 ):
-    """A program owns BLOCK_ROWS whole rows. The order of arguments is TensorRT's: inputs, integers, outputs."""
+    """A program owns BLOCK_ROWS whole rows. The arguments have TensorRT's order: inputs, integers, outputs."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
     in_row = column < WIDTH
@@ -87,7 +90,7 @@ def cached_residual_layer_norm_kernel(
 
 
 def reference(hidden: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """What the kernel computes, in PyTorch, with fp32 inside.
+    """Compute in PyTorch what the kernel computes, with fp32 inside.
 
     Args:
         hidden: ``[..., width]``, of any floating dtype.
@@ -117,18 +120,18 @@ def launch(
     """Launch the kernel on tensors of one device.
 
     Args:
-        hidden: ``[..., width]``. Rows may lie apart; where they have no common distance, or are not dense, they are copied first.
-        cache: the same shape and dtype, with a distance of its own.
+        hidden: ``[..., width]``. Rows that are not dense, or have no common stride, are copied first.
+        cache: the same shape and dtype, with strides of its own.
         weight: ``[width]``, contiguous.
         bias: ``[width]``, contiguous.
         epsilon: added to the variance.
         residual: written; contiguous, of ``hidden``'s shape and dtype.
         normed: written; contiguous, of ``hidden``'s shape and dtype.
-        kernel: what is launched; the tests pass Triton's interpreter of the same function.
+        kernel: the kernel to launch; tests pass Triton's interpreter of it.
 
     Raises:
-        GateError: if shapes or dtypes do not fit each other.
-        UnsupportedError: if the kernel does not take the dtype or the width.
+        GateError: if shapes or dtypes do not match.
+        UnsupportedError: if the kernel does not support the dtype or the width.
     """
     _check(hidden, cache, weight, bias)
     width = hidden.shape[-1]
@@ -137,27 +140,17 @@ def launch(
     if not hidden.shape[0]:
         return
     tile = tile_of(width)
-    kernel[(-(-hidden.shape[0] // tile.rows),)](
-        hidden,
-        cache,
-        weight,
-        bias,
-        hidden.shape[0],
-        hidden.stride(0),
-        cache.stride(0),
-        residual,
-        normed,
-        WIDTH=width,
-        EPSILON=epsilon,
-        BLOCK_ROWS=tile.rows,
-        BLOCK_WIDTH=power_of_two(width),
-        num_warps=tile.warps,
-    )
+    rows, strides = hidden.shape[0], (hidden.stride(0), cache.stride(0))
+    constants = {"WIDTH": width, "EPSILON": epsilon, "BLOCK_ROWS": tile.rows, "BLOCK_WIDTH": power_of_two(width)}
+    programs = -(-rows // tile.rows)
+    kernel[(programs,)](hidden, cache, weight, bias, rows, *strides, residual, normed, **constants, num_warps=tile.warps)
 
 
 def _check(hidden: Tensor, cache: Tensor, weight: Tensor, bias: Tensor) -> None:
     if cache.shape != hidden.shape or cache.dtype != hidden.dtype:
-        raise GateError(f"hidden is {list(hidden.shape)} in {hidden.dtype}, but its cache {list(cache.shape)} in {cache.dtype}")
+        raise GateError(
+            f"hidden is {list(hidden.shape)} in {hidden.dtype}, and its cache must be the same, got {list(cache.shape)} in {cache.dtype}"
+        )
     if not weight.shape == bias.shape == hidden.shape[-1:]:
         raise GateError(f"weight and bias must be [{hidden.shape[-1]}], got {list(weight.shape)} and {list(bias.shape)}")
 
@@ -170,10 +163,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("tgate::cached_residual_layer_norm", mutates_args=())
 def cached_residual_layer_norm(hidden: Tensor, cache: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """``residual = hidden + cache`` and ``normed = LayerNorm(residual) · weight + bias``, by Triton on a GPU, by PyTorch elsewhere.
+    """``residual = hidden + cache`` and ``normed = LayerNorm(residual) · weight + bias``, with Triton on a GPU, else with PyTorch.
 
     Args:
-        hidden: ``[..., width]`` in fp16, bf16 or fp32, on any device, of any strides.
+        hidden: ``[..., width]`` in fp16, bf16 or fp32, on any device, with any strides.
         cache: the same shape, dtype and device.
         weight: ``[width]``.
         bias: ``[width]``.
@@ -183,8 +176,8 @@ def cached_residual_layer_norm(hidden: Tensor, cache: Tensor, weight: Tensor, bi
         ``residual`` and ``normed``, contiguous, of ``hidden``'s shape and dtype.
 
     Raises:
-        GateError: if shapes or dtypes do not fit each other.
-        UnsupportedError: if on a GPU the kernel does not take the dtype or the width.
+        GateError: if shapes or dtypes do not match.
+        UnsupportedError: if on a GPU the kernel does not support the dtype or the width.
     """
     _check(hidden, cache, weight, bias)
     if hidden.device.type != "cuda" or not HAS_TRITON:

@@ -1,7 +1,7 @@
-"""The hand-off at the gate: the attention outputs of the last planning step become the caches, all in one launch.
+"""The hand-off at the gate: one launch writes all caches from the attention outputs of the last planning step.
 
 Under guidance a cache is the mean of its tap's two halves ``[negative, positive]``, else a copy (T-GATE, arXiv 2404.02747,
-section 4.2). SDXL has 70 taps of two shapes; launched one by one they cost more in launches than in memory traffic.
+section 4.2). SDXL has 70 taps of two shapes; with a launch for each, launching would take longer than the memory traffic.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 from torch import Tensor
 
 from tgate_trt.errors import GateError, UnsupportedError
-from tgate_trt.kernels.language import DTYPES, HAS_TRITON, jit, tl
+from tgate_trt.kernels.language import DTYPES, HAS_TRITON, jit, tl, triton_dtype
 
 BLOCK = 4096
-"""Elements that one program writes: two loads of 16 bytes a thread and half in fp16."""
+"""Elements that one program writes: for each thread two loads of 16 bytes from each half in fp16."""
 WARPS = 8
 ALIGNMENT = 16
-"""Bytes that one thread loads at once, where addresses and sizes are multiples of it: always, but for views at odd places."""
+"""Bytes that a thread loads at once if all addresses and sizes are multiples of it, as they are except in views with odd offsets."""
 
 
 @jit
 def hand_off_kernel(
     table,  # [programs, 4] int64: addresses of the first half, of the second half and of the cache, and the number of bytes
     DTYPE: tl.constexpr,
-    MEAN: tl.constexpr,  # of both halves, or a copy of the first
-    ALIGNED: tl.constexpr,  # bytes of which every number in the table is a multiple
+    MEAN: tl.constexpr,  # whether to write the mean of both halves, or a copy of the first
+    ALIGNED: tl.constexpr,  # bytes; every number in the table is a multiple
     BLOCK: tl.constexpr,
 ):
-    """A program owns up to BLOCK elements of one cache; its row of the table says which."""
+    """A program owns up to BLOCK elements of one cache, which its row of the table addresses."""
     entry = table + tl.program_id(0) * 4
-    # Triton forgets what it is told of a number when it becomes a pointer: the hint comes after the cast.
+    # The hint follows the cast, because Triton drops a number's divisibility when it casts it to a pointer.
     first = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), ALIGNED)
     cache = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(DTYPE)), ALIGNED)
     size: tl.constexpr = DTYPE.primitive_bitwidth // 8
@@ -48,11 +48,11 @@ def hand_off_kernel(
 
 
 def reference(outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> None:
-    """What the kernel does, a tap at a time, in PyTorch.
+    """Do in PyTorch what the kernel does, one tap after the other.
 
     Args:
-        outputs: attention outputs by tap, ``[rows, tokens, width]``, or twice the rows: ``[negative, positive]``.
-        caches: written; ``[rows, tokens, width]``, of the same names and dtypes.
+        outputs: attention outputs by tap, ``[rows, tokens, width]``, or with twice the rows, ``[negative, positive]``.
+        caches: written; by tap, ``[rows, tokens, width]``, of the outputs' dtypes.
     """
     for name, cache in caches.items():
         output = outputs[name]
@@ -64,20 +64,20 @@ def reference(outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> No
 
 
 class HandOff:
-    """Writes caches out of attention outputs that stay where they are, from run to run."""
+    """Writes caches from attention outputs, both at addresses that stay the same from run to run."""
 
     def __init__(self, outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor], kernel: Any = hand_off_kernel) -> None:
-        """Note where everything lies.
+        """Write the kernel's table of addresses.
 
         Args:
-            outputs: attention outputs by tap, ``[rows, tokens, width]``, or twice the rows: ``[negative, positive]``. More
-                than ``caches`` names may be there.
-            caches: ``[rows, tokens, width]``, of one dtype; contiguous, as ``outputs`` are.
-            kernel: what is launched; the tests pass Triton's interpreter of the same function.
+            outputs: contiguous attention outputs by tap, ``[rows, tokens, width]``, or with twice the rows, ``[negative, positive]``.
+                Taps that ``caches`` does not name are ignored.
+            caches: contiguous, by tap, ``[rows, tokens, width]``, all of one dtype.
+            kernel: the kernel to launch; tests pass Triton's interpreter of it.
 
         Raises:
-            GateError: if a tap is missing or does not fit its cache.
-            UnsupportedError: if the kernel does not take the dtypes.
+            GateError: if an output is missing or does not fit its cache.
+            UnsupportedError: if the kernel does not support the dtypes, or a mixture of means and copies.
         """
         self._outputs = {name: _checked(name, outputs.get(name), cache) for name, cache in caches.items()}
         self._caches = dict(caches)
@@ -88,25 +88,22 @@ class HandOff:
         dtypes = {tensor.dtype for tensor in caches.values()}
         means = {len(self._outputs[name]) != len(cache) for name, cache in caches.items()}
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or len(means) > 1:
-            raise UnsupportedError(f"one hand-off is all means or all copies, in one of fp16, bf16 and fp32, got {dtypes}")
+            raise UnsupportedError(
+                f"one hand-off is all means or all copies in one of fp16, bf16 and fp32, got {dtypes}; use a hand-off for each kind"
+            )
         (self._dtype,), (self._mean,) = dtypes, means
         table = numpy.concatenate([_entries(self._outputs[name], cache) for name, cache in caches.items()])
         self._aligned = int(numpy.gcd.reduce(table, axis=None, initial=ALIGNMENT))
         self._table = torch.from_numpy(table).to(next(iter(caches.values())).device)
 
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes that one hand-off reads and writes."""
-        return sum(tensor.nbytes for tensor in (*self._outputs.values(), *self._caches.values()))
-
     def run(self) -> None:
-        """Write every cache, in one launch on PyTorch's current stream, or by PyTorch where the caches are not on a GPU."""
+        """Write every cache, on a GPU in one launch on PyTorch's current stream, elsewhere with PyTorch."""
         if not self._runs_kernel:
             reference(self._outputs, self._caches)
         elif self._caches:
             self._kernel[(len(self._table),)](
                 self._table,
-                DTYPE=getattr(tl, str(self._dtype).removeprefix("torch.")),
+                DTYPE=triton_dtype(self._dtype),
                 MEAN=self._mean,
                 ALIGNED=self._aligned,
                 BLOCK=BLOCK,
@@ -115,14 +112,18 @@ class HandOff:
 
 
 def _checked(name: str, output: Tensor | None, cache: Tensor) -> Tensor:
-    """The output of a tap that a cache is written from."""
+    """The attention output from which a cache is written, if it fits.
+
+    Raises:
+        GateError: if it is missing or does not fit.
+    """
     if output is None:
-        raise GateError(f"there is no attention output for {name!r}")
+        raise GateError(f"there is no attention output for {name!r}, from which its cache is written; build the bundle again")
     fits = output.shape[1:] == cache.shape[1:] and len(output) in (len(cache), 2 * len(cache)) and output.dtype == cache.dtype
     if not fits or output.device != cache.device or not output.is_contiguous() or not cache.is_contiguous():
         raise GateError(
             f"the cache {name!r} {list(cache.shape)} in {cache.dtype} cannot be written from {list(output.shape)} in {output.dtype}; "
-            "it takes as many rows or twice as many, contiguous, on the same device"
+            "it takes as many rows or twice as many, contiguous and on the same device"
         )
     return output
 

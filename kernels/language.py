@@ -1,4 +1,4 @@
-"""Triton, where it is installed: PyTorch for CUDA brings it. Elsewhere kernels are defined and never launched."""
+"""Triton, which PyTorch for CUDA installs. Without it, kernels are defined and never launched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HAS_TRITON: bool = triton is not None
 
 
 def jit(fn: Callable[..., None]) -> Any:
-    """``triton.jit``; without Triton, the function as it is."""
+    """``triton.jit``, or the function itself without Triton."""
     return triton.jit(fn) if HAS_TRITON else fn
 
 
@@ -25,9 +25,14 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Dtypes that the kernels read and write, by Triton's names."""
 
 
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's own dtype for one of PyTorch."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def power_of_two(size: int) -> int:
-    """The smallest power of two that holds a size: Triton's blocks have no other."""
+    """The smallest power of two that is at least a size, because Triton's blocks have such sizes only."""
     return 1 << (size - 1).bit_length()
 
 
-__all__ = ["DTYPES", "HAS_TRITON", "jit", "power_of_two", "tl"]
+__all__ = ["DTYPES", "HAS_TRITON", "jit", "power_of_two", "tl", "triton_dtype"]

@@ -1,14 +1,14 @@
 """The fused reuse of the cache as a TensorRT plugin: a *quickly deployable plugin*, ahead-of-time form (TensorRT 10.9 and later).
 
-TensorRT is handed PTX, the name of its entry, a grid that is an expression of shapes, and the scalars between inputs and
-outputs; it then launches ``entry(inputs…, scalars…, outputs…)`` by itself, without Python. `PLUGIN` is a node of an ONNX
-graph whose op is the plugin's name, with the attributes ``plugin_namespace = "tgate"`` and ``aot = 1``.
+TensorRT receives PTX, the name of its entry, a grid as an expression of shapes, and the scalars between inputs and outputs. It then
+launches ``entry(inputs…, scalars…, outputs…)`` itself, without Python. In an ONNX graph the plugin is a node whose op has the
+plugin's name, with the attributes ``plugin_namespace = "tgate"`` and ``aot = 1``.
 
-Never run by us inside TensorRT. What was: the PTX and its parameters are tested for every GPU (``tests/kernels``), and
-``pytest -m gpu`` loads the same PTX with the CUDA driver and launches it as TensorRT would.
+We have not run it inside TensorRT. ``tests/kernels`` checks the PTX and its parameters for every GPU, and ``pytest -m gpu`` loads the
+same PTX with the CUDA driver and launches it as TensorRT would.
 """
 # mypy: disable-error-code="valid-type, attr-defined, untyped-decorator"
-# No `from __future__ import annotations` here: TensorRT reads the annotations of what it is handed, as objects.
+# No `from __future__ import annotations` here: TensorRT reads the annotations of these functions as objects.
 
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,28 @@ _registered: set[str] = set()
 
 
 def kernel_of(width: int, dtype: str, epsilon: float, capability: int, folder: Path | None = None) -> CompiledKernel:
-    """What TensorRT is handed for rows of a width.
+    """The kernel that TensorRT receives for rows of a width.
 
     Args:
         width: of a row.
-        dtype: of inputs and outputs, by TensorRT's name: ``HALF``, ``BF16`` or ``FLOAT``.
+        dtype: TensorRT's name of the dtype of inputs and outputs: ``HALF``, ``BF16`` or ``FLOAT``.
         epsilon: added to the variance.
         capability: of the GPU, times ten.
         folder: see `tgate_trt.kernels.ahead_of_time.compile_kernel`.
 
     Raises:
-        UnsupportedError: if the kernel does not take the dtype or the width.
+        UnsupportedError: if the kernel does not support the dtype or the width, or Triton is not installed.
         BuildError: if the kernel cannot be compiled.
     """
     if dtype not in _DTYPES:
-        raise UnsupportedError(f"the plugin takes {', '.join(_DTYPES)}, got {dtype}")
+        raise UnsupportedError(f"the plugin takes {', '.join(_DTYPES)}, got {dtype}; use --fuse-cache-reuse function")
     return ahead_of_time.compile_kernel(ahead_of_time.cached_residual_layer_norm(width, _DTYPES[dtype], epsilon), capability, folder)
 
 
 def register(plugin: Any, capability: int) -> None:
-    """Make the plugin known to TensorRT in this process; a second time does nothing.
+    """Register the plugin with TensorRT in this process, once.
 
-    Without an ``autotune`` function TensorRT takes the types of the network, in linear formats: the kernel's own.
+    Without an ``autotune`` function TensorRT uses the network's dtypes in linear formats, as the kernel does.
 
     Args:
         plugin: the module `tensorrt.plugin`.

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import random
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is: tests run side by side, and threads that wait for each other spin
-
 import pytest
+import tqdm
+from hypothesis import core
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from .process_state import ProcessState
+
 Run = Callable[..., Result]
 """Runs a command: takes its application and its arguments."""
+
+CACHES = {
+    "XDG_CACHE_HOME": "",  # tgate_trt's compiled kernels, ONNX Runtime, PyTorch, pip
+    "CUDA_CACHE_PATH": "cuda",
+    "HF_HOME": "huggingface",
+    "HF_HUB_CACHE": "huggingface/hub",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_HOME": "torch",
+    "TRITON_CACHE_DIR": "triton/cache",
+    "TRITON_HOME": "triton",
+}
+"""Variables that name the folders of caches, each with its place in the one temporary folder of a run."""
+
+
+def own_caches() -> None:
+    """Begin a run with empty caches, and leave the user's alone. The workers of a run share its caches."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="tgate-trt-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.update({name: str(folder / place) for name, place in CACHES.items()})
+
+
+# Before the packages are imported that read these variables.
+own_caches()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other spin
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # and its pool would outlive the test
+tqdm.tqdm.monitor_interval = 0  # else the first progress bar starts a thread that stays
 
 CROSS_ATTENTION_GAIN = 4.0
 """Cross-attention with random weights is faint; this makes a wrong cache stand out of any tolerance."""
@@ -155,6 +193,66 @@ def write_pipeline(folder: Path, configs: Path, *, seed: int = 0) -> Path:
     tensors = {name: tensor * CROSS_ATTENTION_GAIN if name.endswith(loud) else tensor for name, tensor in source.tensors(torch.float32)}
     save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random generators of Python, NumPy and PyTorch for a while, and let them go on afterwards from where they were."""
+    import numpy
+    import torch
+
+    before = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+
+
+def seed_of(config: pytest.Config) -> int:
+    """The seed of pytest-randomly, which the run prints; 0 without it."""
+    seed: int = config.getoption("randomly_seed", 0)
+    return seed
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Hypothesis draw its examples from the seed of the run, unless it is given one."""
+    if core.global_force_seed is None:
+        core.global_force_seed = seed_of(config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """Seed a shared fixture by its name: it draws the same whichever test asks for it first, and that test the same as if it were not."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with seeded(zlib.crc32(fixturedef.argname.encode())):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Seed a test by its name and by the seed that the run prints: ``--randomly-seed=N`` repeats both the order and the numbers."""
+    with seeded(seed_of(item.config) + zlib.crc32(item.nodeid.encode())):
+        return (yield)
+
+
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    before = ProcessState.now()
+    yield
+    changes = ProcessState.now().changes_since(before)
+    if changes:
+        pytest.fail("the process was left changed:\n" + "\n".join(changes), pytrace=False)
+
+
+# A test is compared without the shared fixtures that it uses, and a file with them.
+of_a_test = pytest.fixture(autouse=True)(leaves_the_process_as_it_was)
+of_a_file = pytest.fixture(autouse=True, scope="module")(leaves_the_process_as_it_was)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ FOLDERS = {"tgate_trt": ROOT / "tgate_trt"} | {f"tgate_trt.{room}": ROOT / room 
 """The folder of each package that setuptools maps, by its name when installed."""
 
 FOUNDATION = ("errors", "specs", "taps", "eager", "files", "children", "console")
-"""Modules of `tgate_trt` on which every room may stand; `tgate_trt.demo` itself is one more: it holds constants alone."""
+"""Modules of `tgate_trt` on which every room may stand."""
 
 ORDER: tuple[tuple[str, ...], ...] = (
     FOUNDATION,
@@ -78,7 +78,7 @@ def test_a_room_stands_on_the_rooms_below_it(room: str) -> None:
     for module, imported in IMPORTS.items():
         if room_of(module) != room:
             continue
-        for name in imported - {"tgate_trt", "tgate_trt.demo"}:
+        for name in imported - {"tgate_trt"}:
             other = room_of(name)
             assert other == room or {room, other} <= set(FOUNDATION) or LEVELS[other] < LEVELS[room], f"{module} imports {name}"
 

@@ -1,7 +1,8 @@
-"""Work in a process of its own, which gives all its memory back.
+"""Run a function in a process of its own, which returns all its memory to the system when it ends.
 
-The process imports one function, reads its argument as JSON from standard input, and writes JSON lines: progress, then the
-answer. The function's annotations are the form of both.
+The child imports the function, reads its argument as JSON from standard input, and writes JSON lines: progress, then the answer
+or an error. The function's annotations define the form of argument and answer. What the work and its libraries print goes to
+standard error.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 OnProgress = Callable[[float, str], None]
-"""Is called with the fraction done, from 0 to 1, and the name of the phase."""
+"""Receives the fraction done, from 0 to 1, and the name of the phase."""
 
 _SECONDS_TO_STOP = 10
-"""A child that is interrupted has this long to end by itself."""
+"""Time that an interrupted child has to clean up before it is killed."""
 
 
 def run(work: Callable[[_T], _R], task: _T, what: str, hint: str, on_progress: OnProgress | None = None) -> _R:
-    """Call a function of this package in a child process, and give its answer.
+    """Call a function in a child process and return its answer. An exception here, such as Ctrl-C, stops the child first.
 
     Args:
-        work: a module's function of one argument; both its argument and its answer are plain data or dataclasses of it.
+        work: function of one argument at the top level of a module. Argument and answer are plain data or dataclasses of plain data.
         task: its argument.
-        what: is done, for a sentence on a process that did not come to its end.
-        hint: what to do then.
-        on_progress: is called for each `report` of the child.
+        what: the work as the subject of a sentence, for the error if the child dies.
+        hint: what to do if the child dies.
+        on_progress: receives each `report` of the child.
 
     Raises:
-        TGateError: that the work raised.
-        BuildError: if the process did not come to its end.
+        TGateError: that the work raised, of the same class.
+        BuildError: if the child died: the work raised another exception, or the system killed it.
     """
     _trim()
     command = [sys.executable, "-P", "-m", __name__, work.__module__, work.__qualname__]
@@ -56,9 +57,8 @@ def run(work: Callable[[_T], _R], task: _T, what: str, hint: str, on_progress: O
     ):
         assert child.stdin is not None and child.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it died early; its last words are read below
+            with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that dies early leaves its reason on stderr
                 child.stdin.write(_adapter(work, 0).dump_json(task).decode())
-                child.stdin.close()
             for line in child.stdout:
                 end = json.loads(line)
                 if "progress" in end and on_progress:
@@ -73,11 +73,13 @@ def run(work: Callable[[_T], _R], task: _T, what: str, hint: str, on_progress: O
         return _adapter(work, 1).validate_python(end["answer"])  # type: ignore[no-any-return]
     if "error" in end:
         raise getattr(errors, end["kind"])(end["error"])
+    if child.returncode == -signal.SIGKILL:
+        raise BuildError(f"{what} was killed by the system, most likely because memory ran out; {hint}")
     raise BuildError(f"{what} stopped with exit code {child.returncode} ({last[0]}); {hint}")
 
 
 def report(fraction: float, phase: str) -> None:
-    """Send how far the work is, from 0 to 1, to the parent; does nothing outside a child."""
+    """Send the fraction done, from 0 to 1, and the name of the phase to the parent; does nothing outside a child."""
     if _parent is not None:
         _send({"progress": (fraction, phase)})
 
@@ -99,7 +101,7 @@ def _adapter(work: Callable[[Any], Any], which: int) -> TypeAdapter[Any]:
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
-    """Ask the child to cancel, and end it if it does not."""
+    """Interrupt the child, and kill it if it does not end in time."""
     child.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(_SECONDS_TO_STOP)
@@ -108,14 +110,14 @@ def _stop(child: subprocess.Popen[str]) -> None:
 
 
 def _trim() -> None:
-    """Give the system back what the allocator keeps of weights that went by, before another process asks for as much."""
+    """Return memory that the allocator keeps to the system, before another process needs as much."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
     if trim is not None:
         trim(0)
 
 
 def _answer(module: str, name: str) -> None:
-    """Do the work that this process was started for; what libraries print goes to standard error."""
+    """Do the work that this process was started for."""
     global _parent  # noqa: PLW0603 - a process has one parent
     children = importlib.import_module("tgate_trt.children")  # this file runs as `__main__`
     children._parent = _parent = os.fdopen(os.dup(1), "w")  # type: ignore[attr-defined]
@@ -126,7 +128,7 @@ def _answer(module: str, name: str) -> None:
         _send({"answer": _adapter(work, 1).dump_python(work(task), mode="json")})
     except TGateError as error:
         _send({"error": str(error), "kind": type(error).__name__})
-    os._exit(0)  # taking gigabytes apart would take seconds
+    os._exit(0)  # an orderly exit would spend seconds on freeing gigabytes
 
 
 if __name__ == "__main__":

@@ -86,15 +86,9 @@ def reporting(verbose: bool, interrupted: str = "stopped; unfinished files are r
         interrupted: the sentence to print if the user interrupts the command.
     """
     progress = _Progress()
-    library = logging.getLogger("tgate_trt")
-    library.addHandler(progress)
-    library.setLevel(logging.INFO)
-    if verbose:
-        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
-    else:
-        _quieten_libraries()
     try:
-        yield
+        with _logged_by(progress, "tgate_trt", logging.INFO), _everything_shown() if verbose else _quiet_libraries():
+            yield
     except TGateError as error:
         progress.close()
         if verbose:
@@ -107,17 +101,48 @@ def reporting(verbose: bool, interrupted: str = "stopped; unfinished files are r
         raise typer.Exit(FAILED) from None
     finally:
         progress.close()
-        library.removeHandler(progress)
 
 
-def _quieten_libraries() -> None:
-    """Keep the progress bars and warnings of other libraries out of the output."""
+@contextlib.contextmanager
+def _logged_by(handler: logging.Handler, name: str, level: int) -> Iterator[None]:
+    """Give a logger a handler and a level for a while; the empty name is the root logger."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _everything_shown() -> contextlib.AbstractContextManager[None]:
+    """Write the log of every library to standard error for a while."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    return _logged_by(handler, "", logging.DEBUG)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the progress bars and warnings of other libraries out of the output for a while."""
     import warnings
 
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    warnings.simplefilter("ignore")
-    for library in (diffusers_logging, transformers_logging):
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, (verbosity, has_bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if has_bars:
+                library.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""A denoiser in eager PyTorch, called by tensor names, with taps taken in and given out: what every graph must equal."""
+"""A denoiser in eager PyTorch, called by tensor names, with taps taken in and given out: the reference for every graph."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """PyTorch's dtype of a precision, such as ``"fp16"``, or of a dtype's name, such as ``"float16"``."""
+    """PyTorch's dtype for a precision, such as ``"fp16"``, or for a dtype's name, such as ``"float16"``."""
     dtype: torch.dtype = getattr(torch, DTYPES.get(name, name))
     return dtype
 
 
 def module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """A module of diffusers or transformers as its configuration describes it, in eval mode, with PyTorch's own initial weights.
+    """A module of diffusers or transformers, made from its configuration, in eval mode and with PyTorch's initial weights.
 
     Args:
-        kind: its class.
-        config: its ``config.json``; diffusers' has ``_class_name``.
+        kind: name of its class.
+        config: its ``config.json``; that of a module of diffusers has ``_class_name``.
     """
     if "_class_name" in config:
         import diffusers
@@ -44,7 +44,7 @@ def module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """The same on the ``meta`` device: an architecture without weights."""
+    """The same module on the ``meta`` device: an architecture without weights."""
     with torch.device("meta"):
         return module_of(kind, config)
 
@@ -55,12 +55,12 @@ def is_architecture(module: nn.Module) -> bool:
 
 
 def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor:
-    """Call a diffusers denoiser with its inputs by their names in `tgate_trt.models.signature.signature`.
+    """Call a denoiser of diffusers with inputs by their names in `tgate_trt.models.signature.signature`.
 
     Args:
         denoiser: a UNet or a transformer of diffusers.
-        tensors: inputs by name, at least ``sample``, ``timestep`` and ``encoder_hidden_states``; the last may be None where
-            every cross-attention is cached.
+        tensors: inputs by name, at least ``sample``, ``timestep`` and ``encoder_hidden_states``; the last may be None if every
+            cross-attention is cached.
 
     Returns:
         The prediction, ``[batch, channels, height, width]``.
@@ -76,7 +76,7 @@ def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor
 
 
 def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each tap's name and the attention module whose output it is."""
+    """Each tap's name, and the attention module whose output it is."""
     for path, module in denoiser.named_modules():
         tap = tap_of(path, tuple(TAPPED_MODULES))
         if tap is not None:
@@ -85,7 +85,7 @@ def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def tapped(denoiser: nn.Module, on_tap: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """While this lasts, ``on_tap(name, output)`` sees the output of each tapped module and says what takes its place."""
+    """Within this context, ``on_tap(name, output)`` receives the output of each tapped module and returns its replacement."""
 
     def hook(tap: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
         return lambda _module, _inputs, output: on_tap(tap, output)
@@ -99,15 +99,15 @@ def tapped(denoiser: nn.Module, on_tap: Callable[[str, Tensor], Tensor]) -> Iter
 
 
 def run_recipe(denoiser: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the graph of a recipe must give, computed by the eager model.
+    """Compute with the eager model what the graph of a recipe must return.
 
     Args:
         denoiser: the model, in the dtype of the floating inputs.
         recipe: which taps are taken in and given out.
-        tensors: the model's inputs, and ``cache.<tap>`` for each tap taken in.
+        tensors: the model's inputs, and ``cache.<tap>`` for each tap that is taken in.
 
     Returns:
-        ``noise_pred``, and ``cache.<tap>`` for each tap given out.
+        ``noise_pred``, and ``cache.<tap>`` for each tap that is given out.
     """
     given_out: dict[str, Tensor] = {}
 

@@ -1,39 +1,38 @@
 """Every error that tgate-trt raises on purpose.
 
     TGateError
-    ├── InputError             what the user asked for cannot be: a bad value, an unknown name, an unfit file
-    │   └── UnsupportedError   sensible, but not something this version does
-    ├── BundleError            a bundle is missing, foreign, damaged or of another version
-    │   └── StaleBundleError   a whole bundle that no longer fits what it was built from or is asked for
+    ├── InputError             the user's input is wrong: a bad value, an unknown name, an unfit file
+    │   └── UnsupportedError   the request makes sense, but this version or this machine cannot do it
+    ├── BundleError            a bundle is missing, damaged, of another version, or no bundle at all
+    │   └── StaleBundleError   an intact bundle does not match its model, this machine or the request
     ├── BuildError             a trace, a cut or an engine build failed
-    │   └── VerificationError  a graph or an engine does not agree with eager PyTorch
-    └── GateError              a run that the gate cannot follow, such as one that would reuse another run's cache
+    │   └── VerificationError  a graph or an engine differs from eager PyTorch
+    └── GateError              the gate cannot follow a run, such as one that would reuse another run's cache
 
-Each message is one sentence or two: what was expected, what was got, what to do. The commands print it and
-exit with 1.
+Each message has one or two sentences: what was expected, what was found, what to do. Commands print it and exit with 1.
 """
 
 from __future__ import annotations
 
 
 class TGateError(Exception):
-    """Root of the errors that tgate-trt raises on purpose."""
+    """Base of all errors that tgate-trt raises on purpose."""
 
 
 class InputError(TGateError, ValueError):
-    """The user's input cannot be served as it stands."""
+    """The user's input is wrong."""
 
 
 class UnsupportedError(InputError):
-    """The request is sensible, but this version does not serve it."""
+    """The request makes sense, but this version or this machine cannot do it."""
 
 
 class BundleError(TGateError):
-    """A bundle is missing, foreign, damaged or of another schema version."""
+    """A bundle is missing, damaged, of another schema version, or no bundle at all."""
 
 
 class StaleBundleError(BundleError):
-    """A whole bundle does not fit what it was built from, or what it is asked to do."""
+    """An intact bundle does not match its model, this machine or the request."""
 
 
 class BuildError(TGateError):
@@ -41,8 +40,8 @@ class BuildError(TGateError):
 
 
 class VerificationError(BuildError):
-    """A graph or an engine does not agree with eager PyTorch."""
+    """A graph or an engine differs from eager PyTorch."""
 
 
 class GateError(TGateError):
-    """A denoising run that the gate cannot follow."""
+    """The gate cannot follow a denoising run."""

@@ -1,4 +1,4 @@
-"""Files: hashes, atomic writes, JSON, and safetensors that are read and written a tensor at a time; nothing is unpickled."""
+"""Files: hashes, atomic writes, JSON, and safetensors, read and written one tensor at a time. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STEMS = ("diffusion_pytorch_model", "model")
-"""File names of weights, by diffusers and by transformers."""
+"""Names of weights files in diffusers and in transformers."""
 _VARIANTS = ("", ".fp32", ".fp16", ".bf16")
-"""Variants that a folder may hold, the one with all digits first."""
+"""Variants of weights files, the most precise first."""
 HEADER_LENGTH_BYTES = 8
-"""Bytes of the number with which a safetensors file begins: the length of its header."""
+"""A safetensors file begins with the length of its header, a number of so many bytes."""
 _SHARD_BYTES = 1 << 30
-"""Most bytes of weights that are held while a component is written."""
+"""Limit in bytes of the weights in memory while a component is written."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: if the file is missing or holds something else.
+        InputError: if the file is missing or is no JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -46,15 +46,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object, its keys sorted."""
+    """Write a JSON object with sorted keys."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: one, or all shards.
+    """The safetensors files of one component: a single file or all shards.
 
     Raises:
-        InputError: if there are none, or only pickled ones.
+        InputError: if the folder has none, has only pickled weights, or lacks a shard.
     """
     for variant in _VARIANTS:
         for stem in _STEMS:
@@ -81,38 +81,39 @@ def _shards(index: Path) -> list[Path]:
     return paths
 
 
-def read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors one at a time from memory-mapped files.
+def read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a model one at a time.
 
     Args:
-        files: safetensors files, which together hold the tensors.
-        shapes: names in the order in which to give them, and the shapes that they must have; all as they lie if None.
+        files: safetensors files that together hold the tensors.
+        shapes: the tensors to read, in this order, with the shapes that they must have.
 
     Raises:
-        InputError: if a file is no safetensors, or a tensor is missing or of another shape.
+        InputError: if a file is not a whole safetensors file, or a tensor is missing or has another shape.
     """
     with contextlib.ExitStack() as stack:
         holders = {name: opened for path in files for opened in [stack.enter_context(opened_file(path))] for name in opened.keys()}  # noqa: SIM118
-        for name in shapes or holders:
+        for name, shape in shapes.items():
             if name not in holders:
                 raise InputError(f"{files[0].parent} lacks the tensor {name!r}, which its config.json calls for; download the model again")
             tensor: Tensor = holders[name].get_tensor(name)
-            if shapes and tuple(tensor.shape) != shapes[name]:
+            if tuple(tensor.shape) != shape:
                 raise InputError(
-                    f"{name!r} in {files[0].parent} has shape {tuple(tensor.shape)}, but its config.json calls for {shapes[name]}"
+                    f"{name!r} in {files[0].parent} has shape {tuple(tensor.shape)}, but its config.json calls for {shape}; "
+                    "download the model again"
                 )
             yield name, tensor
 
 
 def read_named(files: Sequence[Path], names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors of safetensors files one at a time, as they lie.
+    """Read the tensors of safetensors files one at a time, in the order of the files.
 
     Args:
-        files: to read.
-        names: of the tensors to read; all if None.
+        files: files to read.
+        names: names of the tensors to read; all if None.
 
     Raises:
-        InputError: if a file is no safetensors.
+        InputError: if a file is not a whole safetensors file.
     """
     for path in files:
         with opened_file(path) as file:
@@ -123,10 +124,10 @@ def read_named(files: Sequence[Path], names: Container[str] | None = None) -> It
 
 @contextlib.contextmanager
 def opened_file(path: Path) -> Iterator[Any]:
-    """A safetensors file, memory-mapped.
+    """A memory-mapped safetensors file.
 
     Raises:
-        InputError: if it is something else, or truncated.
+        InputError: if it is not a whole safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -140,7 +141,7 @@ def opened_file(path: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies in a safetensors file."""
+    """The place of one tensor in a safetensors file."""
 
     offset: int
     """Bytes from the start of the file."""
@@ -150,32 +151,34 @@ class Place:
 
 
 def places_of(path: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file lies, read from the file's header; safetensors itself does not give offsets.
+    """The place of each tensor in a safetensors file, from the file's header; the library safetensors does not return offsets.
 
     Raises:
-        InputError: if the file is no safetensors.
+        InputError: if the file is not a whole safetensors file.
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-            if length > path.stat().st_size:
+            size, length = path.stat().st_size, int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        start = HEADER_LENGTH_BYTES + length
-        return {
-            name: Place(start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0], tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        places = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = (HEADER_LENGTH_BYTES + length + offset for offset in entry["data_offsets"])
+                if end > size:
+                    raise ValueError(f"it ends before {name!r} does")
+                places[name] = Place(begin, end - begin, tuple(entry["shape"]))
+        return places
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(_not_whole(path, error)) from error
 
 
 def shapes_of(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of safetensors files, from their headers.
+    """Names and shapes of the tensors in safetensors files, from the files' headers.
 
     Raises:
-        InputError: if a file is no safetensors.
+        InputError: if a file is not a whole safetensors file.
     """
     return {name: place.shape for path in files for name, place in places_of(path).items()}
 
@@ -185,13 +188,13 @@ def _not_whole(path: Path, error: Exception) -> str:
 
 
 def write_component(folder: Path, stem: str, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    """Write a component's weights as safetensors, in shards if they are large, with the index that loaders expect.
+    """Write a component's weights as safetensors, large ones in shards with the index that loaders expect.
 
     Args:
-        folder: of the component; is made.
+        folder: the component's folder, which is made if it does not exist.
         stem: ``"diffusion_pytorch_model"`` or ``"model"``.
         tensors: names and values.
-        dtype: to which floating tensors are cast.
+        dtype: the dtype of floating tensors in the files.
     """
     from safetensors.torch import save_file
 
@@ -210,12 +213,11 @@ def write_component(folder: Path, stem: str, tensors: Iterator[tuple[str, Tensor
         file = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{stem}.{index}.partial").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    data = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _in_shards(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Gather cast tensors into shards; a shard is dropped before the next begins."""
+    """Cast tensors and collect them in shards, of which only one is in memory at a time."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -229,19 +231,19 @@ def _in_shards(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Ite
 
 
 def stamp(path: Path) -> list[int]:
-    """Size, modification time in ns and inode: what changes when a file does."""
+    """Size in bytes, modification time in ns and inode, which change when the file does."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks."""
+    """Hash of a file, which is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where that cannot be."""
+    """Make a hard link to a file, or copy it where links are impossible."""
     try:
         os.link(source, target)
     except OSError:
@@ -250,7 +252,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of ``path`` if the block ends well: readers see the old one or the new one."""
+    """A path to write to, which replaces ``path`` when the block ends without an exception: readers see the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
@@ -260,6 +262,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

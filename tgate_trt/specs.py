@@ -1,7 +1,6 @@
-"""What a graph takes and gives: the data that joins tracing, engines and the runtime.
+"""Inputs and outputs of graphs: the data that tracing, engines and the runtime share.
 
-A shape holds numbers and the names of dimensions that may vary, such as ``("batch", 4, 64, 64)``. How far a named
-dimension may vary is said once for the graph, by `Bounds`.
+A shape has numbers, and names for dimensions that may vary, such as ``("batch", 4, 64, 64)``. The graph has the `Bounds` of each name.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any
 from tgate_trt.errors import BundleError, InputError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-"""Precisions of a graph, by the names that the commands take."""
+"""Precisions of a graph, by their names in the commands."""
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""The dtype name, as NumPy and PyTorch spell it, of each precision."""
+"""The dtype of each precision, by its name in NumPy and PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,18 @@ class Bounds:
     minimum: int
     """Smallest size that an engine accepts."""
     optimum: int
-    """Size that an engine is tuned for."""
+    """Size for which an engine is tuned."""
     maximum: int
     """Largest size that an engine accepts."""
 
     def __post_init__(self) -> None:
+        """Check the order.
+
+        Raises:
+            InputError: unless 1 <= minimum <= optimum <= maximum.
+        """
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise InputError(f"bounds must satisfy 1 <= min <= opt <= max, got {self}")
+            raise InputError(f"bounds must satisfy 1 <= min <= opt <= max, got {self}; write them as MIN:OPT:MAX")
 
     def __str__(self) -> str:
         return f"{self.minimum}:{self.optimum}:{self.maximum}"
@@ -45,7 +49,7 @@ class Bounds:
         """Read ``"MIN:OPT:MAX"``, or one number for all three.
 
         Raises:
-            InputError: if the text is neither.
+            InputError: if the text is neither, or the numbers are out of order.
         """
         parts = text.split(":")
         if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
@@ -65,33 +69,40 @@ class TensorSpec:
     """Sizes, with a name for each dimension that may vary."""
 
     def concrete(self, **sizes: int) -> tuple[int, ...]:
-        """The shape with its named dimensions given sizes, as in ``spec.concrete(batch=2)``."""
+        """The shape with sizes for its named dimensions, as in ``spec.concrete(batch=2)``."""
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """The signature of one graph, and of every engine built from it."""
+    """The inputs and outputs of one graph, and of every engine that is built from it."""
 
     name: str
-    """``"vanilla"``, ``"planning"``, ``"fidelity"``: a row of `tgate_trt.taps.GRAPHS`."""
+    """A key of `tgate_trt.taps.GRAPHS`, such as ``"planning"``, or a component's name."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dimensions: Mapping[str, Bounds] = field(default_factory=dict)
-    """Bounds of every dimension that is named in a shape. ``batch`` counts rows, two an image under guidance."""
+    """Bounds of every dimension that a shape names. ``batch`` counts rows, two for each image under guidance."""
 
     @property
     def cache_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs that are outputs of taps, in graph order."""
+        """The inputs that are caches, in graph order."""
         return tuple(tensor for tensor in self.inputs if tensor.name.startswith(CACHE_PREFIX))
 
     @property
     def cache_outputs(self) -> tuple[TensorSpec, ...]:
-        """The outputs that are outputs of taps, in graph order."""
+        """The outputs that become caches, in graph order."""
         return tuple(tensor for tensor in self.outputs if tensor.name.startswith(CACHE_PREFIX))
 
+    def shapes_within_bounds(self, tensor: TensorSpec) -> list[tuple[int, ...]]:
+        """The minimum, optimum and maximum shape of one of this graph's tensors."""
+        return [
+            tensor.concrete(**{name: getattr(bounds, which) for name, bounds in self.dimensions.items()})
+            for which in ("minimum", "optimum", "maximum")
+        ]
+
     def to_json(self) -> dict[str, Any]:
-        """This spec as plain JSON data, every tensor with its min, opt and max shape."""
+        """This spec as JSON data, each tensor with its min, opt and max shape."""
         return {
             "name": self.name,
             "dimensions": {name: [b.minimum, b.optimum, b.maximum] for name, b in self.dimensions.items()},
@@ -100,17 +111,9 @@ class GraphSpec:
         }
 
     def _tensor_to_json(self, tensor: TensorSpec) -> dict[str, Any]:
-        def at(which: str) -> list[int]:
-            return list(tensor.concrete(**{name: getattr(bounds, which) for name, bounds in self.dimensions.items()}))
-
-        return {
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "min": at("minimum"),
-            "opt": at("optimum"),
-            "max": at("maximum"),
-        }
+        minimum, optimum, maximum = map(list, self.shapes_within_bounds(tensor))
+        shapes = {"shape": list(tensor.shape), "min": minimum, "opt": optimum, "max": maximum}
+        return {"name": tensor.name, "dtype": tensor.dtype, **shapes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GraphSpec:
@@ -131,10 +134,10 @@ class GraphSpec:
 
 
 CACHE_PREFIX = "cache."
-"""Prefix of the tensors that carry a tap's value from one graph to another."""
+"""Prefix of the names of tensors that pass a tap's value from one graph to another."""
 
 ROWS = "batch"
-"""Name of the dimension that counts rows: two an image under classifier-free guidance, one otherwise."""
+"""Name of the dimension that counts rows: two for each image under classifier-free guidance, else one."""
 
 MAXIMUM_ROWS = 63
-"""Rows for which a trace holds: diffusers' `Upsample2D` takes another path from 64 on."""
+"""Largest batch for which a trace holds: from 64 rows on, diffusers' `Upsample2D` takes another path."""

@@ -1,7 +1,7 @@
-"""Taps, and the graphs cut at them: every method is a line of data here.
+"""Taps, and the graphs that are cut at them: each method is a line of data here.
 
-A *tap* is a named value in the trace of a denoiser. A *graph* is that trace with some kinds of tap given out and some
-taken in; what the cut leaves without a use falls away, weights too.
+A *tap* is a named value in the trace of a denoiser. A *graph* is the trace with some kinds of tap as outputs and some as inputs,
+without the nodes and weights that it then does not need.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ CROSS_ATTENTION = "cross_attention"
 SELF_ATTENTION = "self_attention"
 
 TAPPED_MODULES = {"attn2": CROSS_ATTENTION, "attn1": SELF_ATTENTION}
-"""Kind of tap by the attribute under which diffusers' transformer blocks hold the attention module.
+"""Kind of tap, by the attribute of diffusers' transformer blocks that holds the attention module.
 
-The value tapped is the module's output: after ``to_out`` and before the residual sum, as the official code caches it.
+The tapped value is the module's output, after ``to_out`` and before the residual sum, as in the official code.
 """
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one graph is cut from the trace."""
+    """The cut that makes one graph from the trace."""
 
     takes_in: tuple[str, ...] = ()
-    """Kinds of tap whose values become inputs."""
+    """Kinds of tap that become inputs."""
     gives_out: tuple[str, ...] = ()
-    """Kinds of tap whose values become outputs."""
+    """Kinds of tap that become outputs."""
 
 
 GRAPHS = {
@@ -38,10 +38,10 @@ GRAPHS = {
 
 
 def recipe(graph: str) -> Recipe:
-    """The recipe of a graph by name.
+    """The recipe of the graph of that name.
 
     Raises:
-        InputError: if there is no graph of that name.
+        InputError: if there is none.
     """
     if graph not in GRAPHS:
         raise InputError(f"there is no graph {graph!r}; choose from {', '.join(GRAPHS)}")
@@ -49,14 +49,14 @@ def recipe(graph: str) -> Recipe:
 
 
 def tap_of(module_path: str, tapped: tuple[str, ...]) -> str | None:
-    """Name of the tap on a module, or None if the module is not tapped.
+    """The name of a module's tap, or None if the module is not tapped.
 
     ``down_blocks.1.attentions.0.transformer_blocks.0.attn2`` carries the tap
     ``cross_attention.down_blocks.1.attentions.0.transformer_blocks.0``.
 
     Args:
         module_path: path of the module in the denoiser.
-        tapped: attributes that are tapped, of `TAPPED_MODULES`.
+        tapped: the tapped attributes, of `TAPPED_MODULES`.
     """
     block, _, attribute = module_path.rpartition(".")
     if attribute not in tapped or ".transformer_blocks." not in f".{block}":
@@ -65,5 +65,5 @@ def tap_of(module_path: str, tapped: tuple[str, ...]) -> str | None:
 
 
 def kind_of(tap: str) -> str:
-    """The kind of a tap: ``cross_attention`` of ``cross_attention.mid_block…``."""
+    """The kind of a tap, such as ``cross_attention`` for ``cross_attention.mid_block…``."""
     return tap.partition(".")[0]

@@ -229,9 +229,10 @@ def test_a_transformer_is_cut_too(compiled: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["CUDA graphs", "launches"])
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_on_a_gpu_it_equals_the_eager_model(folder: Path, graph: str, cuda_graphs: bool) -> None:
+def test_on_a_gpu_it_equals_the_eager_model(folder: Path, graph: str, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several calls, so that a CUDA graph is captured and replayed, with new numbers at the same and at other addresses."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", False)
     device = torch.device("cuda")
     engine = engine_of(folder, graph, PyTorchOptions(cuda_graphs=cuda_graphs), device)
     denoiser = eager(folder)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+import psutil
 import pytest
 
-from tgate_trt.engines.tensorrt_build_process import check_network, configure, parse
-from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
+from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan, configure
+from tgate_trt.engines.tensorrt_callbacks import plan_reader, python_logger
 from tgate_trt.engines.tensorrt_flavours import RTX, TENSORRT, Api, gpu_is_present
+from tgate_trt.engines.tensorrt_network import add_profile, check_network, parse
 from tgate_trt.errors import BuildError, InputError, UnsupportedError
 from tgate_trt.specs import Bounds, GraphSpec, TensorSpec
 
@@ -71,8 +75,6 @@ def test_a_network_has_the_specs_tensors_and_profile(trt: Api, graph: Path) -> N
 
 
 def test_a_profile_holds_every_named_dimension(trt: Api, graph: Path) -> None:
-    from tgate_trt.engines.tensorrt_build_process import add_profile
-
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))  # type: ignore[attr-defined]
     profile = add_profile(builder, builder.create_builder_config(), EVERY_INPUT)
     assert [tuple(shape) for shape in profile.get_shape("sample")] == [(1, 4, 8, 8), (2, 4, 16, 8), (6, 4, 24, 8)]
@@ -102,6 +104,27 @@ def test_a_network_that_is_not_the_specs_is_refused(trt: Api, graph: Path, spec:
     network, _parser = parse(trt, trt.Builder(logger), graph, logger)
     with pytest.raises(BuildError, match=message):
         check_network(network, spec)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gpu_is_present(), reason="TensorRT-RTX makes a reader only where there is a CUDA driver")
+def test_a_plan_is_read_in_blocks(trt: Api) -> None:
+    reader: Any = plan_reader(trt, io.BytesIO(b"0123456789"))
+    assert (reader.read(4, 0), reader.read(100, 0), reader.read(1, 0)) == (b"0123", b"456789", b"")
+    assert reader.seek(-3, trt.SeekPosition.END)
+    assert reader.read(2, 0) == b"78"
+
+
+def test_messages_go_to_logging_and_the_last_error_stays(trt: Api, caplog: pytest.LogCaptureFixture) -> None:
+    messages, severities = python_logger(trt), trt.ILogger.Severity
+    assert messages.last == "no reason given"
+    with caplog.at_level("DEBUG", "tensorrt"):
+        messages.log(severities.ERROR, "no\n memory")
+        messages.log(severities.WARNING, "slow")
+        messages.log(severities.VERBOSE, "a word")
+    assert messages.last == "no memory"
+    assert caplog.messages == ["no\n memory", "slow"]
+    assert python_logger(trt).last == "no reason given"
 
 
 def test_a_plan_is_built_for_several_gpus_with_weights_as_inputs(graph: Path, tmp_path: Path) -> None:
@@ -213,3 +236,21 @@ build_plan(RTX, Path({str(graph)!r}), Path({str(tmp_path / "small.plan")!r}), SP
     assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
     time.sleep(0.1)
     assert not list(tmp_path.glob("*.plan*")) + list(tmp_path.glob(".*"))
+
+
+def test_a_builder_that_the_system_kills_leaves_nothing_but_its_log(graph: Path, tmp_path: Path) -> None:
+    def kill(_fraction: float, _phase: str) -> None:
+        for child in psutil.Process().children():
+            child.kill()
+
+    with pytest.raises(BuildError, match=r"killed by the system, most likely because memory ran out; .*--weights shared.*small\.log"):
+        build_plan(RTX, graph, tmp_path / "small.plan", SPEC, ADA, parameters={"weight": WEIGHT}, on_progress=kill)
+    assert {path.name for path in tmp_path.iterdir()} == {"small.onnx", "small.log"}
+
+
+def test_an_old_plan_stays_until_the_new_one_is_whole(graph: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "small.plan"
+    plan.write_text("old")
+    with pytest.raises(BuildError):
+        build_plan(RTX, graph, plan, SPEC, ADA)  # the weight is an input that the spec lacks
+    assert plan.read_text() == "old"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from tgate_trt.eager import run_recipe, tapped_modules
+from tgate_trt.eager import run_recipe, tapped_modules, torch_dtype
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tgate_trt.errors import VerificationError
 from tgate_trt.export import weights
@@ -18,10 +18,9 @@ from tgate_trt.export.cut import cut, spec_of
 from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
 from tgate_trt.export.verify import Check, Report, random_inputs, relative_error, verify
-from tgate_trt.files import places_of
 from tgate_trt.models.resolve import resolve
 from tgate_trt.models.source import ModelSource
-from tgate_trt.specs import DTYPES, MAXIMUM_ROWS, Bounds, GraphSpec
+from tgate_trt.specs import MAXIMUM_ROWS, Bounds, GraphSpec
 from tgate_trt.taps import GRAPHS, recipe
 
 ROWS = Bounds(1, 2, MAXIMUM_ROWS)
@@ -41,7 +40,7 @@ class Traced:
         model = cut(self.model, recipe(name))
         if fuse:
             assert fuse_cache_reuse(model) == len(spec_of(model, name, ROWS).cache_inputs)
-        weights.attach(model, places_of(self.folder / weights.WEIGHTS_FILE), self.folder)
+        weights.attach(model, self.folder, [self.folder / weights.WEIGHTS_FILE])
         ir.save(model, self.folder / f"{name}.onnx")
         return model, spec_of(model, name, ROWS)
 
@@ -57,7 +56,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Each tiny architecture, traced in each precision."""
     pipeline, precision = request.param
     source = resolve(request.getfixturevalue(pipeline))
-    dtype = getattr(torch, DTYPES[precision])
+    dtype = torch_dtype(precision)
     folder = tmp_path_factory.mktemp(f"{pipeline}-{precision}")
     weights.write(folder / weights.WEIGHTS_FILE, source.tensor_shapes(), source.tensors(dtype), precision)
     model = trace(torch.nn.Module.to(source.denoiser_on_meta(), dtype), source.signature(source.height, source.width, precision))
@@ -146,7 +145,7 @@ def test_the_cache_reaches_the_prediction(traced: Traced) -> None:
     predictions = []
     for scale in (1.0, 1.1):
         changed = {name: tensor * scale if name.startswith("cache.") else tensor for name, tensor in inputs.items()}
-        output = torch.empty(spec.outputs[0].concrete(batch=2), dtype=getattr(torch, spec.outputs[0].dtype))
+        output = torch.empty(spec.outputs[0].concrete(batch=2), dtype=torch_dtype(spec.outputs[0].dtype))
         engine.run(changed, {"noise_pred": output})
         predictions.append(output)
     assert relative_error(predictions[1], predictions[0]) > 1e-2

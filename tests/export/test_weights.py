@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tgate_trt.errors import BuildError, InputError
 from tgate_trt.export import weights
@@ -58,10 +58,38 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, content: byte
         places_of(path)
 
 
-def test_attach_refuses_a_parameter_of_another_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (torch.zeros(1), r"do not hold 'bias' with shape \[2\]"),
+        (torch.zeros(2).half(), "hold 'bias' in another dtype than FLOAT"),
+        (None, r"do not hold 'bias' with shape \[2\]"),
+    ],
+    ids=["shape", "dtype", "absent"],
+)
+def test_attach_refuses_what_does_not_fit(tmp_path: Path, stored: torch.Tensor | None, message: str) -> None:
+    save_file({"other": torch.zeros(2)} if stored is None else {"bias": stored}, tmp_path / weights.WEIGHTS_FILE)
+    with pytest.raises(BuildError, match=f"{message}.*; build without it"):
+        weights.attach(adds_bias(), tmp_path, [tmp_path / weights.WEIGHTS_FILE], hint="build without it")
+
+
+def test_attach_finds_a_parameter_under_another_name_in_a_file_below(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    save_file({"old.bias": torch.tensor([3.0, 4.0])}, tmp_path / "below" / "model.safetensors")
+    model = adds_bias()
+    weights.attach(model, tmp_path, [tmp_path / "below" / "model.safetensors"], lambda name: (name, f"old.{name}"))
+    ir.save(model, tmp_path / "graph.onnx")
+    read = ir.load(tmp_path / "graph.onnx").graph.initializers["old.bias"].const_value
+    assert isinstance(read, ir.ExternalTensor)
+    assert (read.location, read.numpy().tolist()) == (str(Path("below", "model.safetensors")), [3, 4])
+
+
+def adds_bias() -> ir.Model:
+    """A graph with one parameter that has no data yet."""
     model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 20]>\ng (float[2] x) => (float[2] y) { y = Add (x, bias) }')
-    value = ir.Value(name="bias", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    value = model.graph.node(0).inputs[1]
+    assert value is not None
+    value.shape, value.type = ir.Shape([2]), ir.TensorType(ir.DataType.FLOAT)
     value.const_value = ir.ExternalTensor("", 0, 0, ir.DataType.FLOAT, shape=ir.Shape([2]), name="bias")
     model.graph.register_initializer(value)
-    with pytest.raises(BuildError, match="does not hold 'bias'"):
-        weights.attach(model, {"bias": weights.Place(0, 4, (1,))}, tmp_path)
+    return model

@@ -6,7 +6,6 @@ Runs of the same engines are compared bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.running.drawing import scheduler_of
 from tgate_trt.running.loading import load_engine
 
-Pipelines = Callable[[str], Any]
+from .conftest import Pipelines
 
 A, B = ["a red circle"], ["a small blue square"]
 STEPS, SCALE = 5, 4.0
@@ -142,15 +141,15 @@ def gated(request: pytest.FixtureRequest, gated_pipelines: Pipelines) -> Any:
     pipeline = gated_pipelines(request.param)
     pipeline.scheduler = scheduler_of(pipeline, "ddim")
     pipeline.unet.gate_step = 2
-    pipeline.unet.after_gate = "negative"
-    yield pipeline
-    pipeline.unet.after_gate = "negative"
+    return pipeline
 
 
 @pytest.fixture
 def eager(gated: Any, eager_pipelines: Pipelines) -> Any:
-    """The eager pipeline of the same model."""
-    return eager_pipelines("sdxl" if hasattr(gated, "text_encoder_2") else "sd")
+    """The eager pipeline of the same model with DDIM."""
+    pipeline = eager_pipelines("sdxl" if hasattr(gated, "text_encoder_2") else "sd")
+    pipeline.scheduler = scheduler_of(pipeline, "ddim")
+    return pipeline
 
 
 def gated_at(pipeline: Any, mode: str, gate_step: int | str = 2) -> Any:
@@ -179,7 +178,6 @@ def test_modes_differ_by_more_than_the_tolerance(gate_step: int, gated: Any) -> 
 
 @pytest.mark.parametrize("mode", AFTER_GATE)
 def test_every_mode_equals_eager_with_two_prompts_and_rescaled_guidance(mode: str, gated: Any, eager: Any) -> None:
-    eager.scheduler = scheduler_of(eager, "ddim")
     expected = reference(eager, A + B, mode, 2, rescale=0.7)
     assert difference(draw(gated_at(gated, mode), A + B, guidance_rescale=0.7), expected) < TOLERANCE
 
@@ -191,7 +189,7 @@ def test_every_mode_equals_eager_where_engines_take_no_cache(
     """The vanilla graph on both sides of the gate: the mode then says whose conditions are kept, and whether guidance fades."""
     bundle = request.getfixturevalue("sdxl_bundle") if hasattr(gated, "text_encoder_2") else sd_bundle
     vanilla = load_engine(bundle, "vanilla", backend="onnxruntime", threads=1)
-    own, eager.scheduler = gated.unet, scheduler_of(eager, "ddim")
+    own = gated.unet
     gated.unet = GatedDenoiser(gated, own.replaces, vanilla, vanilla, gate_step=2, after_gate=mode)
     try:
         drawn = draw(gated)
@@ -200,10 +198,12 @@ def test_every_mode_equals_eager_where_engines_take_no_cache(
     assert difference(drawn, reference(eager, A, mode, 2, reuse=False)) < TOLERANCE
 
 
-def test_a_pipeline_may_be_loaded_or_applied_with_a_mode(gated: Any, sd_bundle: Bundle, tiny_sd: Path, gated_pipelines: Pipelines) -> None:
+def test_a_pipeline_may_be_loaded_or_applied_with_a_mode(sd_bundle: Bundle, tiny_sd: Path, gated_pipelines: Pipelines) -> None:
     from diffusers import DiffusionPipeline
 
-    expected = draw(gated_at(gated_pipelines("sd"), "fading"))
+    gated = gated_pipelines("sd")
+    gated.scheduler = scheduler_of(gated, "ddim")
+    expected = draw(gated_at(gated, "fading"))
     loaded = tgate_trt.load(sd_bundle, gate_step=2, after_gate="fading", threads=1)
     applied = DiffusionPipeline.from_pretrained(tiny_sd, torch_dtype=torch.float32, local_files_only=True)
     tgate_trt.apply(applied, sd_bundle, gate_step=2, after_gate="fading", threads=1)
@@ -211,7 +211,6 @@ def test_a_pipeline_may_be_loaded_or_applied_with_a_mode(gated: Any, sd_bundle: 
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = scheduler_of(pipeline, "ddim")
         assert difference(draw(pipeline), expected) < TOLERANCE  # the applied one keeps its eager text encoder
-    gated_at(gated_pipelines("sd"), "negative")
 
 
 # Where modes must not differ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from PIL import Image
 from typer import Typer
 from typer.testing import Result
@@ -17,6 +19,9 @@ from typer.testing import Result
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import MANIFEST
 from tgate_trt.cli import build, generate, inspect
+from tgate_trt.cli.common import reporting
+
+from ..process_state import ProcessState
 
 BIN = Path(sys.executable).parent
 
@@ -175,6 +180,20 @@ def test_a_damaged_bundle_is_built_again(run: Run, bundle: Path, tiny_sd: Path, 
     assert result.exit_code == 0, result.output
     assert "building again" in result.output and "planning.onnx is missing" in result.output
     Bundle.open(folder, full=True)
+
+
+@pytest.mark.parametrize(("verbose", "within"), [(False, ("WARNING", "INFO", "ERROR")), (True, ("DEBUG", "INFO", "WARNING"))])
+def test_a_command_sets_the_logs_for_itself_alone(verbose: bool, within: tuple[str, ...]) -> None:
+    import diffusers  # noqa: F401 - has set its logger up
+    import transformers  # noqa: F401
+
+    before = ProcessState.now()
+    with reporting(verbose):
+        levels = [logging.getLevelName(logging.getLogger(name).level) for name in ("root", "tgate_trt", "diffusers")]
+        assert tuple(levels) == within
+        assert are_progress_bars_disabled() is not verbose
+    assert ProcessState.now().changes_since(before) == []
+    assert not are_progress_bars_disabled()
 
 
 def test_usage_errors_exit_with_two(run: Run) -> None:

@@ -8,7 +8,7 @@ engines are compared bit for bit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.running.drawing import SCHEDULERS, scheduler_of
 from tgate_trt.running.loading import load_engine
 
-Pipelines = Callable[[str], Any]
+from .conftest import Pipelines
 
 MODELS = ("sd", "sdxl")
 ONE = "a red circle"

@@ -6,7 +6,8 @@ the largest latent and not zero: the tests allow 1e-4 of the largest latent, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tgate_trt.engines.base import Engine
 from tgate_trt.errors import InputError
 from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec
+
+from .conftest import Lender, Pipelines, eager_pipeline
 
 tgate = pytest.importorskip("tgate", reason="the official code is a development dependency")
 
@@ -47,9 +50,6 @@ BATCHES: Mapping[str, dict[str, Any]] = {
 MODELS = ("sd", "sdxl")
 
 
-Pipelines = Callable[[str], Any]
-
-
 class Wrapped:
     """An engine through which a test looks or meddles."""
 
@@ -66,9 +66,9 @@ class Wrapped:
         """The engine's own."""
         return self.engine.device
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run as the engine does."""
-        self.engine.run(inputs, outputs, stream)
+        self.engine.run(inputs, outputs)
 
     def close(self) -> None:
         """Leave the engine to its owner."""
@@ -79,10 +79,10 @@ class CountedRuns(Wrapped):
 
     runs = 0
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run and count."""
         self.runs += 1
-        super().run(inputs, outputs, stream)
+        super().run(inputs, outputs)
 
 
 class ScaledCaches(Wrapped):
@@ -92,14 +92,14 @@ class ScaledCaches(Wrapped):
         super().__init__(engine)
         self.factor, self.only = factor, only
 
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None = None) -> None:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run with the caches changed."""
 
         def is_changed(name: str) -> bool:
             return name == self.only if self.only else name.startswith(CACHE_PREFIX)
 
         changed = {name: tensor * self.factor if is_changed(name) else tensor for name, tensor in inputs.items()}
-        super().run(changed, outputs, stream)
+        super().run(changed, outputs)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
@@ -123,23 +123,18 @@ def official(pipeline: Any, model: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def official_pipelines(request: pytest.FixtureRequest) -> Pipelines:
-    """Eager pipelines apart from all other tests'.
+def official_lender(request: pytest.FixtureRequest) -> Lender:
+    """Lends eager pipelines apart from all other tests'.
 
     Quirk: a pipeline that the official code has run once stays patched, so only official calls may follow.
     """
-    from diffusers import DiffusionPipeline
+    return Lender(lambda model: eager_pipeline(request.getfixturevalue(f"tiny_{model}")))
 
-    pipelines: dict[str, Any] = {}
 
-    def pipeline(model: str) -> Any:
-        if model not in pipelines:
-            folder = request.getfixturevalue(f"tiny_{model}")
-            pipelines[model] = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-            pipelines[model].set_progress_bar_config(disable=True)
-        return pipelines[model]
-
-    return pipeline
+@pytest.fixture
+def official_pipelines(official_lender: Lender) -> Pipelines:
+    """Eager pipelines that the official code may patch."""
+    return functools.cache(official_lender.lend)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+
+from ..process_state import restored
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Interpreted:
-    """A kernel in Triton's interpreter, which has to be told of functions of Triton that are kernels themselves."""
+    """A kernel in Triton's interpreter, which needs Triton's own functions in the form that it interprets.
+
+    The interpreter exchanges parts of `triton.language` and adds names to the kernel's module. It puts back some of them; after
+    a call of `tl.sum`, for one, the compiler no longer works in this process. So all of them are put back here.
+    """
 
     kernel: Any
 
@@ -33,8 +38,12 @@ class Interpreted:
         from triton.runtime.interpreter import InterpretedFunction
 
         def run(*arguments: Any, **constants: Any) -> None:
-            with mock.patch.object(tl, "sum", InterpretedFunction(tl.sum.fn)):
-                InterpretedFunction(self.kernel.fn)[grid](*arguments, **constants)
+            with restored("triton.language", "tgate_trt.kernels"):
+                tl.sum = InterpretedFunction(tl.sum.fn)
+                try:
+                    InterpretedFunction(self.kernel.fn)[grid](*arguments, **constants)
+                finally:
+                    InterpretedFunction.rewritten_fn.clear()  # rewritten functions need the names that are removed now
 
         return run
 

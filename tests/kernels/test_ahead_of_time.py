@@ -69,12 +69,6 @@ def test_the_hand_off(capability: int, dtype: torch.dtype, mean: bool, folder: P
     assert len(loads) > len(of_the_table)
 
 
-def test_a_grid_covers_all_rows(folder: Path) -> None:
-    compiled = compile_kernel(cached_residual_layer_norm(64, torch.float32, 1e-5), 80, folder)
-    assert compiled.owned > 1
-    assert [compiled.programs(rows) for rows in (1, compiled.owned, compiled.owned + 1)] == [1, 1, 2]
-
-
 def test_the_same_is_compiled_once(tmp_path: Path) -> None:
     specialisation = cached_residual_layer_norm(64, torch.float32, 1e-5)
     first = compile_kernel(specialisation, 80, tmp_path)

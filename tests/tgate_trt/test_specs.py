@@ -47,3 +47,7 @@ def test_bounds_parse(text: str, bounds: Bounds) -> None:
 def test_other_bounds_are_refused(text: str) -> None:
     with pytest.raises(InputError):
         Bounds.parse(text)
+
+
+def test_shapes_within_bounds() -> None:
+    assert SPEC.shapes_within_bounds(SPEC.outputs[0]) == [(1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 8, 8)]

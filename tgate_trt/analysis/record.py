@@ -1,22 +1,26 @@
-"""Results of measurements: what was measured, on what and with what, as JSON."""
+"""The record of a measurement: what was measured, on which machine, with which versions; one form for every command, as JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError
-from tgate_trt.files import replace_file
+from tgate_trt.files import replacing
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the records' form."""
 
 _PACKAGES = ("tgate-trt", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -30,7 +34,7 @@ def environment() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "gpu": _gpu_model(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": psutil.virtual_memory().total,
             "system": f"{platform.system()} {platform.machine()}",
             "load_average_before": round(os.getloadavg()[0], 2),
         },
@@ -42,15 +46,15 @@ def environment() -> dict[str, Any]:
 def record_of(
     what: str, command: str, before: Mapping[str, Any], settings: Mapping[str, Any], results: Any, subject: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One measurement, with all that is needed to judge and to repeat it.
+    """Make the record of one measurement: all that is needed to judge it and to repeat it.
 
     Args:
-        what: was measured; decides how it is shown, see `tgate_trt.bench.report`.
-        command: as it can be typed again.
+        what: kind of measurement, which decides on tables (`tgate_trt.bench.report`) and figures.
+        command: the command line, ready to be typed again.
         before: `environment` at the start.
         settings: how it was measured.
         results: plain JSON data.
-        subject: on which bundle; see `describe`.
+        subject: the measured bundle (see `describe`) or model.
     """
     return {
         "schema": SCHEMA,
@@ -63,21 +67,49 @@ def record_of(
     }
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file of results, whole or not at all.
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file to write results to, which takes the place of ``path`` when the block ends well: whole or not at all.
 
     Raises:
         InputError: if nothing can be written there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text)
+        with replacing(path) as partial:
+            yield partial
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another file") from error
 
 
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all.
+
+    Raises:
+        InputError: if nothing can be written there.
+    """
+    with writing(path) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """Check before a long measurement that its results can be written; make the folder if there is none.
+
+    Raises:
+        InputError: if they cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror or error}; choose another place") from error
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and results are written to a file; choose another file")
+
+
 def read(path: Path) -> dict[str, Any]:
-    """A record that was written.
+    """Read a record that `write` wrote.
 
     Raises:
         InputError: if the file is no record of this version.
@@ -86,14 +118,14 @@ def read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = found["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no record of a benchmark; take it away and measure again") from error
+        raise InputError(f"{path} is no record of a measurement; move it away, or choose another file") from error
     if schema != SCHEMA:
-        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA}; take it away and measure again")
+        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA}; move it away, or choose another file")
     return found
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """A bundle as the subject of a record."""
+    """Describe a bundle as the subject of a record."""
     manifest = bundle.manifest
     return {
         "model": manifest.model.name,

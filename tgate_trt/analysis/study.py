@@ -1,12 +1,11 @@
-"""The whole analysis of a model, from its name to a figure and a file of results."""
+"""The whole analysis of a model, from its name to a record and a figure."""
 
 from __future__ import annotations
 
-import errno
-import json
+import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ import torch
 
 from tgate_trt.analysis import convergence, figure, gate_sweep, null_text
 from tgate_trt.analysis.convergence import Convergence
-from tgate_trt.analysis.outcomes import Series
+from tgate_trt.analysis.outcomes import DISTANCE, Series
 from tgate_trt.analysis.plotting import check_available
-from tgate_trt.analysis.record import describe, environment
-from tgate_trt.analysis.results import Study
+from tgate_trt.analysis.record import check_writable, describe, environment, record_of, write
 from tgate_trt.analysis.subject import Subject, check_weights
 from tgate_trt.analysis.suggestion import suggest
 from tgate_trt.building.builder import build
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import MANIFEST
 from tgate_trt.errors import InputError
-from tgate_trt.files import replace_file
 from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, planning_steps
 from tgate_trt.running.drawing import Drawing
 from tgate_trt.taps import CROSS_ATTENTION
@@ -35,6 +32,17 @@ PARTS = ("convergence", "null-text", "gate")
 
 LEAST_STEPS = 2
 """An analysis compares a step with the next one."""
+
+DEFINITIONS = {
+    "convergence": "D_t = ‖C_t − C_{t+1}‖₂ for t = 1 … T − 1; absolute, and relative to ‖C_t‖₂",
+    "text first": "text in the first m steps, the null prompt after; m in 'at'",
+    "text last": "the null prompt in the first m steps, text after; m in 'at'",
+    "gate": "planning steps g in 'at'",
+    "distance": DISTANCE,
+    "accuracy": "share of pictures that show every attribute of their caption, with Wilson's 95 % interval",
+    "low, high": "95 % interval of the mean over pictures",
+}
+"""Definitions of the entries of a record's results."""
 
 
 def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -56,19 +64,24 @@ def analyze(
     drawing: Drawing,
     *,
     samples: int | None = None,
+    command: str,
     parts: tuple[str, ...] = PARTS,
     backend: str | None = None,
     random_weights: bool = False,
-) -> Study:
+) -> dict[str, Any]:
     """Analyse a model over the steps of its pictures.
 
     Args:
         model: folder of a bundle; or any model that `tgate_trt.build` takes, from which a bundle is built in its default folder.
         drawing: the pictures; see `tgate_trt.analysis.prompts.prompts_of` for their prompts.
         samples: number of pictures; see `prompts_of`.
+        command: the command line, for the record.
         parts: parts of the analysis, from `PARTS`.
         backend: backend of the engines that draw; see `tgate_trt.load`. Convergence is measured in eager PyTorch.
         random_weights: whether to fill a named architecture with seeded random weights.
+
+    Returns:
+        The record; see `tgate_trt.analysis.record.record_of`. Parts that were not asked for are None.
 
     Raises:
         InputError: if the model or a setting cannot be used.
@@ -81,88 +94,61 @@ def analyze(
     bundle = open_bundle(model, backend, random_weights=random_weights)
     if "convergence" in parts:
         check_weights(bundle)
-    subject, manifest = Subject(bundle, drawing, backend, samples), bundle.manifest
+    subject = Subject(bundle, drawing, backend, samples)
     gates = _sweep(subject) if "gate" in parts else None
     swapped = _swap(subject) if "null-text" in parts else None
     curves = _converge(subject) if "convergence" in parts else None  # last, because it frees the engines
     relative = curves[CROSS_ATTENTION][convergence.ALL_LAYERS].relative.mean if curves and CROSS_ATTENTION in curves else None
-    return Study(
-        subject=describe(bundle),
-        settings=_settings(subject, parts, samples),
-        environment=before,
-        steps=subject.steps,
-        own_gate_step=planning_steps(manifest.gate_step or DEFAULT_GATE_STEP, subject.steps),
-        curves=curves,
-        null_text=swapped,
-        gates=gates,
-        suggestion=suggest(relative, gates),
-    )
+    results = {
+        "definitions": DEFINITIONS,
+        "default_gate_step": planning_steps(bundle.manifest.gate_step or DEFAULT_GATE_STEP, subject.steps),
+        "suggestion": suggest(relative, gates).to_json(),
+        "convergence": None if curves is None else {kind: _to_json(groups) for kind, groups in curves.items()},
+        "null_text": None if swapped is None else _to_json(swapped),
+        "gate": None if gates is None else gates.to_json(),
+    }
+    return record_of("analysis", command, before, _settings(subject, parts, samples), results, describe(bundle))
 
 
-def analyze_and_save(
-    model: str | os.PathLike[str],
-    drawing: Drawing,
-    *,
-    samples: int | None = None,
-    parts: tuple[str, ...] = PARTS,
-    backend: str | None = None,
-    random_weights: bool = False,
-    output: Path | None = None,
-    json_file: Path | None = None,
-    plot: Path | None = None,
-) -> tuple[Study, list[Path]]:
-    """Analyse a model, and write the results and the figure, each whole or not at all.
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files to which an analysis is written; None for those that are not wanted."""
 
-    Args:
-        model: see `analyze`.
-        drawing: see `analyze`.
-        samples: see `analyze`.
-        parts: see `analyze`.
-        backend: see `analyze`.
-        random_weights: see `analyze`.
-        output: folder for ``analysis-<model>.json`` and ``analysis-<model>.png``.
-        json_file: file for the results, instead of that one.
-        plot: file for the figure, instead of that one.
+    folder: Path | None = None
+    """Folder for ``analysis-<model>.json`` and ``analysis-<model>.png``."""
+    json: Path | None = None
+    """File for the record, instead of that one."""
+    plot: Path | None = None
+    """File for the figure, instead of that one."""
 
-    Returns:
-        The results and the files.
+    def check(self) -> None:
+        """Check before the work that the files can be written.
 
-    Raises:
-        InputError: if the model or a setting cannot be used, or a file cannot be written; both are checked before the work begins.
-        UnsupportedError: if a figure is wanted and matplotlib is not installed.
-        BundleError: if the bundle cannot be used.
-    """
-    check_parts(parts)
-    if output is not None or plot is not None:
-        check_available(plot)
-    for folder in [path for path in (output, *(file.parent for file in (json_file, plot) if file is not None)) if path is not None]:
-        _make(folder)
-    study = analyze(model, drawing, samples=samples, parts=parts, backend=backend, random_weights=random_weights)
-    if output is not None:
-        json_file = json_file or output / f"analysis-{study.name}.json"
-        plot = plot or output / f"analysis-{study.name}.png"
-    try:
-        if json_file is not None:
-            replace_file(json_file, json.dumps(study.to_json(), indent=1, ensure_ascii=False) + "\n")
+        Raises:
+            InputError: if one cannot.
+            UnsupportedError: if a figure is wanted and matplotlib is not installed.
+        """
+        if self.folder is not None or self.plot is not None:
+            check_available(self.plot)
+        for path in (self.folder and self.folder / "analysis.json", self.json, self.plot):
+            if path is not None:
+                check_writable(path)
+
+    def write(self, record: dict[str, Any]) -> list[Path]:
+        """Write the record and the figure, each whole or not at all, and return the paths.
+
+        Raises:
+            InputError: if one cannot be written.
+        """
+        json, plot = self.json, self.plot
+        if self.folder is not None:
+            stem = f"analysis-{record['subject']['model']}"
+            json, plot = json or self.folder / f"{stem}.json", plot or self.folder / f"{stem}.png"
+        if json is not None:
+            write(json, record)
         if plot is not None:
-            figure.save(study, plot)
-    except OSError as error:
-        raise InputError(f"cannot write to {error.filename}: {error.strerror or error}; choose another place") from error
-    return study, [path for path in (json_file, plot) if path is not None]
-
-
-def _make(folder: Path) -> None:
-    """Make a folder, and check that files can be written to it.
-
-    Raises:
-        InputError: if they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another place") from error
+            figure.save(record, plot)
+        return [path for path in (json, plot) if path is not None]
 
 
 def open_bundle(model: str | os.PathLike[str], backend: str | None, *, random_weights: bool) -> Bundle:
@@ -194,8 +180,12 @@ def _converge(subject: Subject) -> dict[str, dict[str, Convergence]]:
     return convergence.curves(recorded.layers(), height, width)
 
 
+def _to_json(entries: Mapping[str, Convergence | Series]) -> dict[str, Any]:
+    return {name: entry.to_json() for name, entry in entries.items()}
+
+
 def _progress(what: str, total: int) -> Callable[[], None]:
-    """Returns a function to call for each of ``total`` things that is done; it logs the fraction."""
+    """Return a function to call for each of ``total`` things that is done; it logs the fraction."""
     done = 0
     logger.info("%s …", what)
 

@@ -1,5 +1,4 @@
-"""Benchmarks, measured and never asserted: `python -m tgate_trt.bench`.
+"""Measurements that are recorded and never asserted: what ``tgate-bench`` can measure, as records, tables and figures.
 
-`steps` times single steps, `pictures` whole pictures, `scores` counts correct pictures of the demo model, and
-`build_cost` measures a build. Each writes what it has after every round; `tables` shows what was written.
+`suite` gives a record for each of its commands; `report` shows records as tables, and `plot` as figures.
 """

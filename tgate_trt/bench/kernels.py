@@ -1,19 +1,20 @@
-"""The kernels on this machine's GPU: bandwidth against a plain copy, against PyTorch eager and compiled; and what compilers say of them.
+"""The kernels on this machine's GPU: bandwidth against a plain copy, and against PyTorch eager and compiled; and what they compile to.
 
 Times are of many launches in one CUDA graph, over sets of inputs that together exceed the GPU's cache several times, so that
-every byte comes from memory. Percentages are of a copy of as many bytes, timed the same way in the same round.
+every byte comes from memory. Percentages are of a copy of as many bytes, timed in the same way in the same round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgate_trt.bench.spread import ratios, spread
+from tgate_trt.bench.spread import in_rounds, ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
@@ -33,51 +34,45 @@ SHAPES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "sd15": ((5, 4096, 320), (5, 1024, 640), (5, 256, 1280), (1, 64, 1280)),
     "pixart-alpha": ((28, 4096, 1152),),
 }
-"""Taps of a picture at native size: how many, tokens and width."""
+"""Taps of a picture at native size: their number, tokens and width."""
+
+RESOURCES = ("registers", "shared_bytes", "spilled_bytes", "warps")
+"""What `resources` gives of each compiled kernel; see `ahead_of_time.CompiledKernel`."""
 
 _LEAST_BYTES = 400 << 20
-"""Of all sets of inputs together: several times the 50 MB of the largest cache."""
+"""Least bytes of all sets of inputs together: several times the 50 MB of the largest cache."""
 _LAUNCHES = 50
-"""In one CUDA graph, at least."""
+"""Least launches in one CUDA graph."""
 _WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is timed: functions to compare, and the bytes that the best of them must move."""
+    """Functions that compute the same, to be compared, and the bytes that the best of them must move."""
 
     kernel: str
     what: str
     bytes_moved: int
     ways: Mapping[str, Sequence[Callable[[], object]]]
-    """By name, a call for each set of inputs; ``copy`` is what percentages are of, ``kernel`` is ours."""
+    """By name, a call for each set of inputs; percentages are of ``copy``, and ``kernel`` is ours."""
 
 
 def resources() -> list[dict[str, Any]]:
-    """What the compiler says of each kernel for every GPU of `ahead_of_time.TARGETS`; needs no GPU.
+    """Compile each kernel for every GPU of `ahead_of_time.TARGETS`, and give `RESOURCES` of each; needs no GPU.
 
     Raises:
         UnsupportedError: if Triton is not installed.
     """
+    wanted = {
+        f"cached_residual_layer_norm, {width}": ahead_of_time.cached_residual_layer_norm(width, DTYPE, EPSILON)
+        for width in cached_residual_layer_norm.TUNED
+    }
+    wanted["hand_off"] = ahead_of_time.hand_off_of(DTYPE, True)
     rows = []
     for capability in ahead_of_time.TARGETS:
-        wanted = {
-            f"cached_residual_layer_norm, {width}": ahead_of_time.cached_residual_layer_norm(width, DTYPE, EPSILON)
-            for width in cached_residual_layer_norm.TUNED
-        }
-        wanted |= {"hand_off": ahead_of_time.hand_off_of(DTYPE, True)}
         for name, specialisation in wanted.items():
             compiled = ahead_of_time.compile_kernel(specialisation, capability)
-            rows.append(
-                {
-                    "kernel": name,
-                    "capability": capability,
-                    "registers": compiled.registers,
-                    "shared_bytes": compiled.shared_bytes,
-                    "spilled_bytes": compiled.spilled_bytes,
-                    "warps": compiled.warps,
-                }
-            )
+            rows.append({"kernel": name, "capability": capability} | {each: getattr(compiled, each) for each in RESOURCES})
     return rows
 
 
@@ -85,8 +80,8 @@ def measure(rounds: int, models: Sequence[str] = tuple(SHAPES)) -> Iterator[list
     """Time every case, all of its ways in each round.
 
     Args:
-        rounds: how often.
-        models: of `SHAPES`.
+        rounds: number of rounds.
+        models: names of `SHAPES`.
 
     Yields:
         After each case, the results of all cases so far: for each its ``kernel``, ``what``, ``bytes_moved``, and by way the
@@ -96,15 +91,11 @@ def measure(rounds: int, models: Sequence[str] = tuple(SHAPES)) -> Iterator[list
         UnsupportedError: if there is no GPU, or no Triton.
     """
     if not torch.cuda.is_available() or not HAS_TRITON:
-        raise UnsupportedError("timing the kernels needs an NVIDIA GPU and Triton; what compilers say of them is told without")
+        raise UnsupportedError("timing the kernels needs an NVIDIA GPU and Triton; run it on a machine that has both")
     results = []
     for case in _cases(models):
-        graphs = {name: _captured(calls) for name, calls in case.ways.items()}
-        samples: dict[str, list[float]] = {name: [] for name in graphs}
-        for number in range(rounds):
-            for name in graphs if number % 2 == 0 else reversed(list(graphs)):
-                samples[name].append(_time(*graphs[name]))
-        results.append(_result(case, samples))
+        clocks = {name: partial(_time, *_captured(calls)) for name, calls in case.ways.items()}
+        results.append(_result(case, in_rounds(clocks, rounds)))
         yield results
 
 
@@ -146,10 +137,10 @@ def _norm(model: str, batch: int, tokens: int, width: int) -> Case:
         cached_residual_layer_norm.launch(hidden, cache, weight, bias, EPSILON, residual, normed)
 
     ways: dict[str, Sequence[Callable[[], object]]] = {
-        "copy": [lambda each=each: each[2:].copy_(each[:2]) for each in sets],  # type: ignore[misc]
-        "kernel": [lambda each=each: ours(each) for each in sets],  # type: ignore[misc]
-        "eager": [lambda each=each: unfused(each[0], each[1]) for each in sets],  # type: ignore[misc]
-        "torch.compile": [lambda each=each: compiled(each[0], each[1]) for each in sets],  # type: ignore[misc]
+        "copy": [partial(each[2:].copy_, each[:2]) for each in sets],
+        "kernel": [partial(ours, each) for each in sets],
+        "eager": [partial(unfused, each[0], each[1]) for each in sets],
+        "torch.compile": [partial(compiled, each[0], each[1]) for each in sets],
     }
     return Case("cached_residual_layer_norm", f"{model}, batch {batch}, {tokens}×{width}", moved, ways)
 
@@ -166,32 +157,27 @@ def _hand_off(model: str, batch: int) -> Case:
     moved = sum(tensor.nbytes for part in first for tensor in part.values())
     sets = [first, *(make() for _ in range(_sets(moved) - 1))]
 
-    def one_by_one(outputs: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> None:
-        hand_off.reference(outputs, caches)
-
     def means(outputs: list[Tensor]) -> list[Tensor]:
         return [torch.lerp(output[: len(output) // 2], output[len(output) // 2 :], 0.5) for output in outputs]
 
     compiled = torch.compile(means, dynamic=False)
     half = [torch.randn(moved // 2 // DTYPE.itemsize, device="cuda").to(DTYPE) for _ in sets]
-    copies = [torch.empty_like(each) for each in half]
-    handed = [hand_off.HandOff(*each) for each in sets]
     ways: dict[str, Sequence[Callable[[], object]]] = {
-        "copy": [lambda pair=pair: pair[1].copy_(pair[0]) for pair in zip(half, copies, strict=True)],  # type: ignore[misc]
-        "kernel": [each.run for each in handed],
-        "eager": [lambda each=each: one_by_one(*each) for each in sets],  # type: ignore[misc]
-        "torch.compile": [lambda each=each: compiled(list(each[0].values())) for each in sets],  # type: ignore[misc]
+        "copy": [partial(torch.empty_like(each).copy_, each) for each in half],
+        "kernel": [hand_off.HandOff(*each).run for each in sets],
+        "eager": [partial(hand_off.reference, *each) for each in sets],
+        "torch.compile": [partial(compiled, list(outputs.values())) for outputs, _ in sets],
     }
     return Case("hand_off", f"{model}, batch {batch}, {len(shapes)} taps", moved, ways)
 
 
 def _sets(moved: int) -> int:
-    """How many sets of inputs exceed the cache together."""
+    """Number of sets of inputs that together exceed the cache."""
     return max(1, -(-_LEAST_BYTES // moved))
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> tuple[Any, int]:
-    """A CUDA graph of calls in turn, and how many there are."""
+    """A CUDA graph of calls in turn, and their number."""
     for _ in range(_WARM_UP):
         for call in calls:
             call()
@@ -217,11 +203,11 @@ def _time(graph: Any, calls: int) -> float:
 
 
 def fusion(bundle: Bundle, rounds: int, device: torch.device) -> dict[str, Any]:
-    """What the fused reuse of the cache saves of a whole fidelity step of one picture, run by PyTorch.
+    """Time a whole fidelity step of one picture in PyTorch, with the fused reuse of the cache and without it.
 
     Args:
-        bundle: that holds its weights.
-        rounds: how often.
+        bundle: a bundle that holds its weights.
+        rounds: number of rounds.
         device: where the step runs.
 
     Returns:
@@ -240,12 +226,14 @@ def fusion(bundle: Bundle, rounds: int, device: torch.device) -> dict[str, Any]:
         )
         for name in ("fused", "unfused")
     }
-    samples: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(-_WARM_UP, rounds):
-        for name in engines if number % 2 == 0 else reversed(list(engines)):
-            watch = Stopwatch(device)
-            with watch.time(name):
-                engines[name].run(inputs, outputs)
-            if number >= 0:
-                samples[name].append(watch.seconds()[name])
+
+    def step(engine: PyTorchEngine) -> float:
+        watch = Stopwatch(device)
+        with watch.time("step"):
+            engine.run(inputs, outputs)
+        return watch.seconds()["step"]
+
+    ways = {name: partial(step, engine) for name, engine in engines.items()}
+    in_rounds(ways, _WARM_UP)
+    samples = in_rounds(ways, rounds)
     return {name: spread(row) for name, row in samples.items()} | {"ratio": ratios(samples["fused"], samples["unfused"])}

@@ -1,7 +1,7 @@
 """Multiply-accumulates (MACs) and parameters, counted on the nodes of the graphs that are run.
 
 The T-GATE paper (arXiv 2404.02747, table 1) counts convolutions and linear layers, and not the two products of attention:
-`Macs` keeps the two apart. Nothing here is taken from an architecture but its trace: a graph is counted as it was cut.
+`Macs` keeps the two apart. Graphs are counted as they were cut; no formula of an architecture is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tgate_trt.models.source import ModelSource
 from tgate_trt.taps import CROSS_ATTENTION, TAPPED_MODULES, recipe
 
 GATES = (5 / 25, 10 / 25)
-"""Where the gate stands in the paper's tables, as a fraction of the steps: 5 and 10 of 25, and LCM's 1 and 2 of 4."""
+"""The gate in the paper's tables, as a fraction of the steps: 5 and 10 of 25, and LCM's 1 and 2 of 4."""
 
 PUBLISHED: Mapping[str, Mapping[int, float]] = {
     "sd15": {25: 16.938, 5: 9.875, 10: 11.641},
@@ -33,7 +33,7 @@ PUBLISHED: Mapping[str, Mapping[int, float]] = {
     "pixart-alpha": {25: 107.031},
     "lcm-sdxl": {4: 11.955, 1: 11.171, 2: 11.433},
 }
-"""The paper's tera-MACs of a picture by the number of planning steps, that of all steps for vanilla: shown beside our own counts."""
+"""The paper's tera-MACs of a picture by the number of planning steps (for vanilla, of all steps), to compare our own counts with."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Macs:
     """Multiply-accumulates."""
 
     linear: int = 0
-    """In convolutions and in products with a parameter: what the paper counts."""
+    """In convolutions and in products with a parameter, which the paper counts."""
     sdpa: int = 0
-    """In products of two activations: scaled dot-product attention's."""
+    """In products of two activations, which are those of scaled dot-product attention."""
 
     @property
     def total(self) -> int:
@@ -73,22 +73,22 @@ def macs_of_picture(step: _Work, refinement: _Work, planning_steps: int, steps: 
 
 
 def macs_of_graph(path: Path, rows: int) -> Macs:
-    """Multiply-accumulates of one call of a graph in a file, whose weights are not read; see `macs_of`."""
+    """Multiply-accumulates of one call of a graph in a file; its weights are not read. See `macs_of`."""
     return macs_of(ir.load(path), rows)
 
 
 def macs_of(model: ir.Model, rows: int) -> Macs:
     """Multiply-accumulates of one call of a graph.
 
-    Counted are ``Conv``, ``Gemm``, ``MatMul`` and ``Attention``. A product is linear if an operand is a parameter or made of
-    parameters alone. A call of a local function has none of these in it (`tgate_trt.export.fuse`).
+    ``Conv``, ``Gemm``, ``MatMul`` and ``Attention`` are counted. A product is linear if an operand is a parameter or computed from
+    parameters alone. Calls of local functions contain none of these (`tgate_trt.export.fuse`).
 
     Args:
-        model: a graph; it stays as it is, and its parameters need no data.
-        rows: of the batch, two an image under guidance.
+        model: a graph, which is not changed; its parameters need no data.
+        rows: rows of the batch, two an image under guidance.
 
     Raises:
-        BuildError: if the graph does not tell the shapes of what it multiplies.
+        BuildError: if the graph lacks the shape of an operand.
     """
     model = _at(model, rows)
     fixed = set(model.graph.initializers.values())
@@ -104,9 +104,9 @@ def macs_of(model: ir.Model, rows: int) -> Macs:
 
 
 def _at(model: ir.Model, rows: int) -> ir.Model:
-    """A copy with numbers for all sizes: what the trace tells, and ONNX's own inference for what passes left without a shape.
+    """A copy with numbers for all sizes: those of the trace, and those of ONNX's inference where passes left a value without a shape.
 
-    Rows are all that varies in a trace. Most sizes call them by our name, some are expressions in the exporter's.
+    Only rows vary in a trace. Most sizes name them as we do, and some are expressions in the exporter's name for them.
     """
     model = model.clone()
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
@@ -119,7 +119,9 @@ def _at(model: ir.Model, rows: int) -> ir.Model:
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
     if value is None or value.shape is None or not value.shape.is_static():
-        raise BuildError(f"the graph does not tell the shape of {value.name if value else 'an input'!r}, so its MACs cannot be counted")
+        raise BuildError(
+            f"the graph lacks the shape of {value.name if value else 'an input'!r}, so its MACs cannot be counted; build the bundle again"
+        )
     return tuple(value.shape.numpy())
 
 
@@ -154,11 +156,11 @@ class Parameters:
     """Numbers of a denoiser's parameters."""
 
     whole: int
-    """Those that the vanilla graph refers to."""
+    """Those of the vanilla graph."""
     cross_attention: int
-    """Of them in cross-attention."""
+    """Those of them in cross-attention."""
     fidelity_graph: int
-    """Those that the fidelity graph refers to: a UNet's norm before cross-attention is not needed there either."""
+    """Those of the fidelity graph, which has no norm before cross-attention either, where the denoiser is a UNet."""
 
     @property
     def without_cross_attention(self) -> int:
@@ -176,17 +178,17 @@ class PictureCost:
     """Steps before the gate; all of them without a gate."""
     macs: Macs
     published: float | None
-    """The paper's tera-MACs, to be compared with ``macs.linear``; None where it tells none."""
+    """The paper's tera-MACs, to compare with ``macs.linear``; None where it gives none."""
 
     @property
     def deviation(self) -> float | None:
-        """How far our count is from the paper's, as a fraction of the paper's."""
+        """The difference of our count from the paper's, as a fraction of the paper's."""
         return None if self.published is None else self.macs.linear / (self.published * 1e12) - 1
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model takes at its native size, one picture at a time."""
+    """The work and the parameters of a model at its native size, for one picture."""
 
     model: str
     height: int
@@ -195,7 +197,7 @@ class ModelCost:
     steps: int
     """The model's own number."""
     guided: bool
-    """Whether steps before the gate have two rows: not where the guidance scale is an input of the denoiser, as in LCM."""
+    """Whether steps before the gate have two rows; see `rows_of_step`."""
     vanilla: Macs
     """Of a step of the vanilla graph, with guidance where the model has it."""
     planning: Macs
@@ -219,7 +221,7 @@ class ModelCost:
 
 
 def cost_of(model: str) -> ModelCost:
-    """Trace a model's architecture, cut it, and count the graphs; no weights are read, drawn or held.
+    """Trace a model's architecture, cut it, and count the graphs, without any weights.
 
     Args:
         model: a name of `tgate_trt.models.architectures.ARCHITECTURES`, or a diffusers folder.
@@ -254,7 +256,7 @@ def rows_of_step(source: ModelSource) -> int:
 
 
 def _parameters(graphs: Mapping[str, ir.Model], state: Mapping[str, tuple[int, ...]]) -> Parameters:
-    """Count what graphs refer to of a state dict: PixArt's computed positions are in the graph and no parameters."""
+    """Count the parameters of a state dict that graphs use; PixArt's computed positions are in the graph and are no parameters."""
     whole, fidelity = (
         {name: value for name, value in graphs[graph].graph.initializers.items() if name in state} for graph in ("vanilla", "fidelity")
     )

@@ -1,20 +1,16 @@
-"""Does each TensorRT build and run here, for which GPU, with which error otherwise: tried, each try in a process of its own.
-
-The process is this module, run with a backend and a compute capability; it prints one JSON line.
-"""
+"""Whether each TensorRT builds and runs here, and for which GPUs: tried, each try in a process of its own, which it may take down."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
+from tgate_trt import children
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
 from tgate_trt.errors import TGateError
@@ -25,37 +21,39 @@ _WARM_UP = 3
 """A plain run, a capture, a replay."""
 
 
+@dataclass(frozen=True)
+class Try:
+    """What one process tries."""
+
+    backend: str
+    capability: str | None
+    """Compute capability that is built for; that of this machine's GPU if None."""
+
+
 def probe() -> list[dict[str, Any]]:
-    """Build and run a small network by each flavour, for this GPU and for each that it knows, each try in its own process."""
-    tries = []
+    """Build and run a small network by each flavour, for this machine's GPU and for each compute capability that the flavour supports.
+
+    Returns:
+        JSON data, one entry a try: ``backend``, ``version``, ``capability``, and what came of it, an ``error`` or a ``relative_error``.
+    """
+    rows = []
     for backend, flavour in FLAVOURS.items():
         for capability in (None, *flavour.capabilities):
-            command = [sys.executable, "-P", "-m", __name__, backend, *([capability] if capability else [])]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            last = (done.stdout.strip().splitlines() or ["{}"])[-1]
             try:
-                row = json.loads(last)
-            except ValueError:
-                row = {"error": last}
-            if done.returncode and "error" not in row:
-                row["error"] = f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-            tries.append({"backend": backend, "version": flavour.version(), "capability": capability or "this GPU", **row})
-    return tries
+                row = children.run(attempt, Try(backend, capability), f"the try of {backend}", f"install another version of {backend}")
+            except TGateError as error:
+                row = {"error": str(error)}
+            rows.append({"backend": backend, "version": flavour.version(), "capability": capability or "this GPU", **row})
+    return rows
 
 
-def try_one(backend: str, capability: str | None) -> dict[str, Any]:
-    """One try of the probe; meant for a process of its own, which it may take down."""
-    try:
-        return _try(backend, capability)
-    except TGateError as error:
-        return {"error": str(error)}
+def attempt(task: Try) -> dict[str, Any]:
+    """Build a convolution and a matrix product in fp16, run them, and compare with PyTorch in fp32.
 
-
-def _try(backend: str, capability: str | None) -> dict[str, Any]:
-    """Build a convolution and a matrix product in fp16, run them, and compare with PyTorch in fp32."""
-    import onnx_ir as ir
-
-    flavour = FLAVOURS[backend]
+    Raises:
+        TGateError: if TensorRT cannot build or run them.
+    """
+    flavour = FLAVOURS[task.backend]
     spec = GraphSpec(
         "probe",
         (TensorSpec("sample", "float16", (ROWS, 64, 32, 32)), TensorSpec("weight", "float16", (64, 64, 3, 3))),
@@ -71,7 +69,7 @@ def _try(backend: str, capability: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         graph, plan = Path(folder) / "probe.onnx", Path(folder) / "probe.plan"
         ir.save(ir.from_onnx_text(text), graph)
-        options = PlanOptions(capabilities=(capability,) if capability else ())
+        options = PlanOptions(capabilities=(task.capability,) if task.capability else ())
         built = build_plan(flavour, graph, plan, spec, options)
         row: dict[str, Any] = {"plan_bytes": built["bytes"], "build_seconds": built["seconds"]}
         if not torch.cuda.is_available():
@@ -87,8 +85,3 @@ def _try(backend: str, capability: str | None) -> dict[str, Any]:
             engine.run(inputs, outputs)
         filtered = torch.nn.functional.conv2d(inputs["sample"].float(), inputs["weight"].float(), padding=1)
         return row | {"relative_error": relative_error(outputs["noise_pred"], filtered @ filtered.softmax(-1))}
-
-
-if __name__ == "__main__":
-    print(json.dumps(try_one(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)), flush=True)
-    os._exit(0)  # a runtime that was ill may not come down well

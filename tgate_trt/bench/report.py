@@ -1,28 +1,31 @@
-"""Records as tables, the same ones on a terminal and in Markdown."""
+"""Records as tables, the same on a terminal and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table as RichTable
 
 from tgate_trt.bench import growth
-from tgate_trt.bench.units import gigabytes, seconds
+from tgate_trt.bench.kernels import RESOURCES
 
 Rows = list[tuple[str, ...]]
+Columns = dict[str, Callable[[Any], str]]
+"""By header, a function that shows a row's cell."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows."""
+    """Rows of text under a header."""
 
     title: str
     header: tuple[str, ...]
     rows: Rows
     notes: tuple[str, ...] = ()
-    """Sentences on what was measured, and on what."""
+    """Sentences on how it was measured."""
 
     def markdown(self) -> str:
         """This table with its title as a heading."""
@@ -39,6 +42,10 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+def _table(title: str, rows: Iterable[Any], columns: Columns, notes: Iterable[str] = ()) -> Table:
+    return Table(title, tuple(columns), [tuple(show(row) for show in columns.values()) for row in rows], tuple(notes))
 
 
 def tables_of(record: Mapping[str, Any]) -> list[Table]:
@@ -58,26 +65,26 @@ def _pictures(record: Mapping[str, Any]) -> Iterator[Table]:
     settings = record["settings"]
     images = "one picture" if settings["images"] == 1 else f"{settings['images']} pictures"
     subject = _subject(record)
-    times: Rows = [
-        (
-            name,
-            row["engine"],
-            seconds(row["seconds"]["median"]),
-            seconds(row["seconds"]["p90"]),
-            f"{seconds(row['seconds']['p10'])} … {seconds(row['seconds']['p90'])}",
-            f"{row['images_per_second']:.3g}",
-            _ratio(row["ratio"]),
-            f"{row['bound']['linear']:.3f}",
-            _ratio(row["denoising_ratio"]),
-            "–" if row["bound"]["linear"] == 1 else f"{row['bound']['linear'] / row['denoising_ratio']['median']:.1%}",
-            f"{row['ratio_to_first']['median']:.3f}",
-        )
-        for name, row in results.items()
-    ]
-    header = ("method", "engine", "p50", "p90", "p10 … p90", "images/s", "ratio", "bound", "denoising alone", "of bound", "to the first")
-    yield Table(f"{images.capitalize()}, {settings['steps']} steps: {subject}", header, times, tuple(_notes_on_pictures(record)))
+    columns: Columns = {
+        "method": lambda row: row["method"],
+        "engine": lambda row: row["engine"],
+        "p50": lambda row: seconds(row["seconds"]["median"]),
+        "p90": lambda row: seconds(row["seconds"]["p90"]),
+        "p10 … p90": lambda row: f"{seconds(row['seconds']['p10'])} … {seconds(row['seconds']['p90'])}",
+        "images/s": lambda row: f"{row['images_per_second']:.3g}",
+        "ratio": lambda row: _ratio(row["ratio"]),
+        "bound": lambda row: f"{row['bound']['linear']:.3f}",
+        "denoising alone": lambda row: _ratio(row["denoising_ratio"]),
+        "of bound": lambda row: "–" if row["bound"]["linear"] == 1 else f"{row['bound']['linear'] / row['denoising_ratio']['median']:.1%}",
+        "to the first": lambda row: f"{row['ratio_to_first']['median']:.3f}",
+    }
+    named = [{"method": name} | row for name, row in results.items()]
+    yield _table(f"{images.capitalize()}, {settings['steps']} steps: {subject}", named, columns, _notes_on_pictures(record))
     phases = ("method", *_STEPS, *_REST, "outside the models", "peak memory", "peak GPU memory")
-    note = "Peak memory is of a process for each row, anonymous: weights that stay mapped from their files, as PyTorch's do, are not in it."
+    note = (
+        "Peak memory is of a process for each row and of those that it starts, anonymous: weights that stay mapped from their files, as"
+        " PyTorch's do, are not included."
+    )
     yield Table(f"Where the time goes, medians: {subject}", phases, [_phases(name, row) for name, row in results.items()], (note,))
     if record["results"].get("quality"):
         yield _quality(record)
@@ -100,15 +107,15 @@ def _notes_on_pictures(record: Mapping[str, Any]) -> Iterator[str]:
     scale = "of the model" if settings["guidance_scale"] is None else settings["guidance_scale"]
     yield f"Rounds: {settings['rounds']}, each of all rows in turn, forwards and backwards."
     yield f"Scheduler {settings['scheduler'] or 'of the model'}, guidance scale {scale}."
-    yield "**ratio** is of times, to vanilla by the same engine in the same round."
-    yield "**bound** is that of multiply-accumulates in linear and convolution layers."
+    yield "**ratio** is that of the time to vanilla's, by the same engine in the same round."
+    yield "**bound** is the same ratio of multiply-accumulates in linear and convolution layers."
     engines = dict.fromkeys(row["engine"] for row in results.values())
     if len(engines) > 1:
-        yield f"**Not the same engine**: {', '.join(engines)}; ratio stays within an engine, and *to the first* crosses them."
+        yield f"**Not the same engine**: {', '.join(engines)}; ratio compares within an engine, *to the first* across engines."
     if record["machine"]["load_average_before"] > 1:
         yield f"**The machine was not idle**: load average {record['machine']['load_average_before']} at the start."
     if record["subject"]["random_weights"]:
-        yield "The weights are random: times are the architecture's, pictures have no meaning."
+        yield "The weights are random: times are those of the architecture, and pictures have no meaning."
 
 
 def _quality(record: Mapping[str, Any]) -> Table:
@@ -134,66 +141,85 @@ def _quality(record: Mapping[str, Any]) -> Table:
 
 
 def _macs(record: Mapping[str, Any]) -> Iterator[Table]:
-    models: list[Mapping[str, Any]] = record["results"]
-    rows: Rows = [
-        (
-            cost["model"],
-            f"{cost['width']}×{cost['height']}",
-            picture["method"],
-            "–" if picture["method"] == "vanilla" else str(picture["planning_steps"]),
-            f"{picture['macs']['linear'] / 1e12:,.3f}",
-            "–" if picture["published"] is None else f"{picture['published']:,.3f}",
-            "–" if picture["deviation"] is None else f"{picture['deviation']:+.3%}",
-            f"{(picture['macs']['linear'] + picture['macs']['sdpa']) / 1e12:,.3f}",
-        )
-        for cost in models
-        for picture in cost["pictures"]
-    ]
-    header = ("model", "size", "method", "g", "TMACs", "paper", "deviation", "with attention's products")
+    models: list[dict[str, Any]] = record["results"]
+    columns: Columns = {
+        "model": lambda row: row["model"],
+        "size": lambda row: f"{row['width']}×{row['height']}",
+        "method": lambda row: row["method"],
+        "g": lambda row: "–" if row["method"] == "vanilla" else str(row["planning_steps"]),
+        "TMACs": lambda row: f"{row['macs']['linear'] / 1e12:,.3f}",
+        "paper": lambda row: "–" if row["published"] is None else f"{row['published']:,.3f}",
+        "deviation": lambda row: "–" if row["deviation"] is None else f"{row['deviation']:+.3%}",
+        "with attention's products": lambda row: f"{(row['macs']['linear'] + row['macs']['sdpa']) / 1e12:,.3f}",
+    }
     note = "Linear and convolution layers, counted on the nodes of the cut graphs; the last column adds QKᵀ and AV."
-    yield Table("Multiply-accumulates of one picture", header, rows, (note,))
-    steps: Rows = [
-        (
-            cost["model"],
-            *(f"{cost[graph]['linear'] / 1e12:.5f}" for graph in ("vanilla", "fidelity")),
-            f"{cost['fidelity']['linear'] / cost['vanilla']['linear']:.3f}",
-            *(f"{cost['parameters'][name]:,}" for name in ("whole", "cross_attention", "without_cross_attention", "fidelity_graph")),
-        )
-        for cost in models
-    ]
-    header = (
-        "model",
-        "TMACs of a full step",
-        "of a fidelity step",
-        "ratio",
-        "parameters",
-        "in cross-attention",
-        "without",
-        "in the fidelity graph",
-    )
-    yield Table("One step, and parameters", header, steps)
+    pictures = [cost | picture for cost in models for picture in cost["pictures"]]
+    yield _table("Multiply-accumulates of one picture", pictures, columns, (note,))
+    columns = {
+        "model": lambda cost: cost["model"],
+        "TMACs of a full step": lambda cost: f"{cost['vanilla']['linear'] / 1e12:.5f}",
+        "of a fidelity step": lambda cost: f"{cost['fidelity']['linear'] / 1e12:.5f}",
+        "ratio": lambda cost: f"{cost['fidelity']['linear'] / cost['vanilla']['linear']:.3f}",
+        "parameters": lambda cost: f"{cost['parameters']['whole']:,}",
+        "in cross-attention": lambda cost: f"{cost['parameters']['cross_attention']:,}",
+        "without": lambda cost: f"{cost['parameters']['without_cross_attention']:,}",
+        "in the fidelity graph": lambda cost: f"{cost['parameters']['fidelity_graph']:,}",
+    }
+    yield _table("One step, and parameters", models, columns)
 
 
 def _growth(record: Mapping[str, Any]) -> Iterator[Table]:
-    results = record["results"]
-    yield Table("Cost of growth", growth.HEADER, list(growth.rows(results)), growth.notes(results))
+    found = dict(growth.by_parameters(record["results"]))
+    columns: Columns = {
+        "model": lambda one: one["name"],
+        "parameters": lambda one: f"{one['parameters'] / 1e6:,.1f} M",
+        "pictures": lambda one: f"{one['size']}²",
+        "build": lambda one: f"{one['build']['seconds']:,.0f} s, {one['build']['cpu_seconds']:,.0f} s",
+        "its memory": lambda one: gigabytes(one["build"]["memory"]["peak_anonymous"]),
+        "on disk": lambda one: gigabytes(one["build"]["disk"]["bundle"]),
+        **{f"{graph} step": partial(_step_time, graph) for graph in growth.GRAPHS},
+        "memory of a step": lambda one: gigabytes(max(step["memory"]["peak_anonymous"] for step in one["steps"].values())),
+    }
+    yield _table("Cost of growth", [{"name": name, **one} for name, one in found.items()], columns, _notes_on_growth(found))
+
+
+def _step_time(graph: str, one: Mapping[str, Any]) -> str:
+    step = one["steps"][graph]
+    median, low, high = (seconds(step["seconds"][key]) for key in ("median", "p10", "p90"))
+    return f"{median} ({low} … {high}), {seconds(step['cpu_seconds']['median'])}"
+
+
+def _notes_on_growth(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    machines = dict.fromkeys(f"{one['machine']['cpu']}, {one['machine']['cores']} cores" for one in found.values())
+    yield f"{'; '.join(machines)}; ONNX Runtime, {growth.PRECISION}, random weights, builds without verification."
+    yield "The time of a step is a median, in brackets the 10th to 90th percentile."
+    yield "After the comma is processor time, which other work on the machine stretches less."
+    yield "Vanilla and planning steps have two rows under guidance, fidelity steps have one."
+    yield "Memory is anonymous, at its peak: of a build's whole process tree, and of the process that loads and runs a step."
+    loads = (f"{name} {one['machine']['load_average_before']:.1f}, {_highest_load(one):.1f}" for name, one in found.items())
+    yield f"Load average before the build, and the highest before a step: {'; '.join(loads)}."
+
+
+def _highest_load(one: Mapping[str, Any]) -> float:
+    return max(float(step["load_average_before"]) for step in one["steps"].values())
 
 
 def _build(record: Mapping[str, Any]) -> Iterator[Table]:
     results = record["results"]
     memory, disk = results["memory"], results["disk"]
-    peaks: Mapping[str, int] = memory.get("peak_anonymous_of_stages", {})
+    peaks: Mapping[str, int] = memory["peak_anonymous_of_stages"]
     rows: Rows = [
         (stage, f"{taken:,.1f} s" + (f", {gigabytes(peaks[stage])} anonymous" if stage in peaks else ""))
         for stage, taken in results["stages"].items()
     ]
     rows += [
-        ("whole command", f"{results['seconds']:,.1f} s"),
+        ("whole command", f"{results['seconds']:,.1f} s, processor time {results['cpu_seconds']:,.1f} s"),
         ("peak memory, anonymous", _against(memory["peak_anonymous"], disk["denoiser_weights"], "the denoiser's weights")),
         ("peak memory, total", _against(memory["peak_total"], disk["denoiser_weights"], "the denoiser's weights")),
+        *([("peak memory of the GPU, all processes", gigabytes(memory["peak_gpu"]))] if memory["peak_gpu"] else []),
         ("weights of the denoiser", gigabytes(disk["denoiser_weights"])),
         ("weights of the whole pipeline", gigabytes(disk["pipeline_weights"])),
-        *([("plans on disk", gigabytes(disk["plans"]))] if disk.get("plans") else []),
+        *([("plans on disk", gigabytes(disk["plans"]))] if disk["plans"] else []),
         ("bundle on disk", _against(disk["bundle"], disk["pipeline_weights"], "the pipeline's weights")),
     ]
     yield Table(f"A build: {_subject(record)}", ("stage", "taken"), rows)
@@ -201,47 +227,35 @@ def _build(record: Mapping[str, Any]) -> Iterator[Table]:
 
 def _kernels(record: Mapping[str, Any]) -> Iterator[Table]:
     results = record["results"]
-    rows: Rows = [
-        (
-            case["kernel"],
-            case["what"],
-            name,
-            f"{way['gigabytes_per_second']['median']:,.0f}",
-            f"{way['of_copy']['median']:.1%}",
-            seconds(way["seconds"]["median"]),
-        )
-        for case in results["cases"]
-        for name, way in case["ways"].items()
-    ]
-    if rows:
-        yield Table("Kernels", ("kernel", "shape", "way", "GB/s", "of a copy", "a call"), rows)
+    ways = [case | way | {"way": name} for case in results["cases"] for name, way in case["ways"].items()]
+    columns: Columns = {
+        "kernel": lambda row: row["kernel"],
+        "shape": lambda row: row["what"],
+        "way": lambda row: row["way"],
+        "GB/s": lambda row: f"{row['gigabytes_per_second']['median']:,.0f}",
+        "of a copy": lambda row: f"{row['of_copy']['median']:.1%}",
+        "a call": lambda row: seconds(row["seconds"]["median"]),
+    }
+    if ways:
+        yield _table("Kernels", ways, columns)
     elif record["machine"]["gpu"] is None:
         yield Table("Kernels", ("kernel", "GB/s"), [("all", "not measured: there is no NVIDIA GPU here")])
     if results["fusion"]:
         fusion = results["fusion"]
         row = (*(seconds(fusion[name]["median"]) for name in ("unfused", "fused")), _ratio(fusion["ratio"]))
         yield Table(f"A fidelity step in PyTorch, with and without the fused op: {_subject(record)}", ("unfused", "fused", "ratio"), [row])
-    rows = [
-        (
-            row["kernel"],
-            f"SM{row['capability']}",
-            *(str(row[name]) for name in ("registers", "shared_bytes", "spilled_bytes", "warps")),
-        )
-        for row in results["resources"]
-    ]
-    yield Table("What the compiler says, fp16", ("kernel", "GPU", "registers", "shared bytes", "spilled bytes", "warps"), rows)
+    rows: Rows = [(row["kernel"], f"SM{row['capability']}", *(str(row[name]) for name in RESOURCES)) for row in results["resources"]]
+    header = ("kernel", "GPU", *(name.replace("_", " ") for name in RESOURCES))
+    yield Table("What the kernels compile to, fp16", header, rows)
 
 
 def _probe(record: Mapping[str, Any]) -> Iterator[Table]:
-    rows: Rows = [
-        (
-            f"{row['backend']} {row['version'] or 'not installed'}",
-            row["capability"],
-            row.get("error") or f"runs, relative error {row['relative_error']:.1e}",
-        )
-        for row in record["results"]
-    ]
-    yield Table(f"TensorRT on {record['machine']['gpu'] or 'a machine without a GPU'}", ("backend", "built for", "result"), rows)
+    columns: Columns = {
+        "backend": lambda row: f"{row['backend']} {row['version'] or 'not installed'}",
+        "built for": lambda row: row["capability"],
+        "result": lambda row: row.get("error") or f"runs, relative error {row['relative_error']:.1e}",
+    }
+    yield _table(f"TensorRT on {record['machine']['gpu'] or 'a machine without a GPU'}", record["results"], columns)
 
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
@@ -267,6 +281,8 @@ def _machine(record: Mapping[str, Any]) -> Iterator[str]:
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ", no GPU"
     yield f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB{gpu};"
     yield f"PyTorch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, diffusers {versions['diffusers']}."
+    if not machine["system"].startswith("Linux"):
+        yield "This system does not count anonymous memory: all resident memory stands in its place."
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:
@@ -287,3 +303,17 @@ def _share(share: Mapping[str, Any]) -> str:
 
 def _against(held: int, least: int, what: str) -> str:
     return f"{gigabytes(held)}, {held / least:.2f} × {what}"
+
+
+def seconds(value: float) -> str:
+    """A time of three digits or so, in s, ms or µs."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 3 - len(str(int(scaled))))}f} {unit}"
+    return f"{value / 1e-6:.0f} µs"
+
+
+def gigabytes(held: int) -> str:
+    """Bytes in units of 10⁹."""
+    return f"{held / 1e9:,.2f} GB"

@@ -1,4 +1,4 @@
-"""What `tgate-bench` can measure, each as one call that gives a record; see `tgate_trt.bench.report` for their tables."""
+"""The measurements of ``tgate-bench``: each function yields records, of which each holds the results so far and the last holds all."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from tgate_trt.errors import InputError
 from tgate_trt.models.resolve import resolve
 
 MACS_OF = ("sd15", "sd21", "sdxl")
-"""Models of the paper's table."""
+"""Models that are counted by default."""
 
 Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class QualityPlan:
-    """Pictures that are judged, beside those that are timed."""
+    """How many pictures are judged, and by which networks."""
 
     samples: int = 100
     clip: Path | None = None
-    """Folder of the CLIP that scores, if any."""
+    """Folder of a CLIP for CLIP scores, if any."""
     inception: Path | None = None
-    """TorchScript file of the Inception that FID is of, if any."""
+    """TorchScript file of an Inception for FID, if any."""
 
 
 def pictures(plan: Plan, quality: QualityPlan | None, command: str) -> Iterator[Record]:
     """Measure a bundle; see `tgate_trt.bench.measure`.
 
     Yields:
-        A record after every round, and after what follows them: each holds all that the one before it did.
+        A record after every round, after quality, and after memory.
     """
     before = environment()
     measurement = prepare(plan)
@@ -49,18 +49,17 @@ def pictures(plan: Plan, quality: QualityPlan | None, command: str) -> Iterator[
     with measurement.studio:
         for results in measurement.run():
             yield record(results)
+        judged = None
         if quality is not None:
             judged = measurement.quality(quality.samples, quality.clip, quality.inception)
             yield record(measurement.results(), judged)
-        else:
-            judged = None
     if plan.memory:  # in processes of their own, when this one has freed its engines
         measurement.measure_memory()
         yield record(measurement.results(), judged)
 
 
 def count_macs(names: Sequence[str], command: str) -> Iterator[Record]:
-    """Count multiply-accumulates and parameters of models, from their cut graphs."""
+    """Count multiply-accumulates and parameters of models on their cut graphs; of `MACS_OF` if there are no names."""
     before, found = environment(), []
     for name in names or MACS_OF:
         cost = macs.cost_of(name)
@@ -74,14 +73,14 @@ def measure_growth(names: Sequence[str], size: int | None, threads: int | None, 
     """Measure builds and steps from small models to large ones.
 
     Args:
-        names: of models; `tgate_trt.bench.growth.MODELS` if empty.
-        size: side of the pictures in pixels.
-        threads: of an engine.
-        command: as it can be typed again.
-        earlier: file of an earlier run; this one goes on from it, so that one that was cut off need not begin anew.
+        names: names of models; `tgate_trt.bench.growth.MODELS` if empty.
+        size: side of the pictures in pixels; see `tgate_trt.bench.growth.measure`.
+        threads: CPU threads of an engine; one a core if None.
+        command: the command line, for the record.
+        earlier: file of an earlier run, which this one continues if it is there; what that one measured is not measured again.
 
     Raises:
-        InputError: if the file is something else.
+        InputError: if the file holds something else, or a record of another version.
     """
     before, known = environment(), None
     if earlier is not None and earlier.exists():
@@ -103,12 +102,12 @@ def measure_build(model: str, precision: str, engines: build_cost.Engines, size:
 
 
 def measure_kernels(bundle: Path | None, rounds: int, command: str) -> Iterator[Record]:
-    """Time the kernels where there is a GPU, what fusion saves of a bundle's fidelity step, and what the compiler says.
+    """Compile the kernels, time them where there is a GPU, and time a bundle's fidelity step with and without fusion.
 
     Args:
-        bundle: whose fidelity step is timed in PyTorch; none if None.
-        rounds: how often times are taken.
-        command: as it can be typed again.
+        bundle: folder of the bundle whose fidelity step is timed in PyTorch; no step if None.
+        rounds: number of rounds.
+        command: the command line, for the record.
     """
     before, device = environment(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = Bundle.open(bundle) if bundle else None
@@ -128,33 +127,6 @@ def measure_kernels(bundle: Path | None, rounds: int, command: str) -> Iterator[
 
 
 def probe_tensorrt(command: str) -> Iterator[Record]:
-    """Try each TensorRT, for this GPU and for each that it knows."""
+    """Try each TensorRT, for this machine's GPU and for each compute capability that it supports."""
     before = environment()
     yield record_of("probe", command, before, {}, probe.probe())
-
-
-_ARGUMENTS = {
-    "pictures": (1, 1, "the folder of a bundle"),
-    "macs": (0, None, "models"),
-    "growth": (0, None, "models"),
-    "build": (1, 1, "one model"),
-    "kernels": (0, 1, "the folder of a bundle, or nothing"),
-    "probe": (0, 0, "nothing"),
-}
-"""How many arguments each mode takes, at least and at most, and what they are."""
-
-
-def mode_of(modes: Sequence[str], targets: Sequence[str]) -> str:
-    """The one measurement that is asked for: a bundle's pictures if none is named.
-
-    Raises:
-        InputError: if several are, or the arguments are not such as it takes.
-    """
-    if len(modes) > 1:
-        raise InputError(f"one measurement at a time, got {' '.join(f'--{mode}' for mode in modes)}")
-    mode = modes[0] if modes else "pictures"
-    least, most, what = _ARGUMENTS[mode]
-    if len(targets) < least or (most is not None and len(targets) > most):
-        command = "tgate-bench" if mode == "pictures" else f"tgate-bench --{mode}"
-        raise InputError(f"{command} takes {what}, got {' '.join(targets) or 'nothing'}; see tgate-bench --help")
-    return mode

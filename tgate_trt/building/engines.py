@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import onnx_ir as ir
+from pydantic import TypeAdapter
 
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
 from tgate_trt.bundle.folder import beside
@@ -30,6 +31,8 @@ from tgate_trt.specs import GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS
 
 logger = logging.getLogger(__name__)
+
+_PLAN_OPTIONS = TypeAdapter(PlanOptions)
 
 WEIGHTS = ("baked", "shared", "shared-linear")
 """Where the weights of a TensorRT engine are: in its plan; in inputs, so that all engines read one copy; or in inputs but for
@@ -79,7 +82,11 @@ class EngineRequest:
         if backend in UNCOMPILED:
             return EngineOptions()
         flavour, options = FLAVOURS[backend], self._options(FLAVOURS[backend])
-        built_for = {"weights": self.weights, "gpu": None if options.capabilities else gpu_name(), **options.to_json()}
+        built_for = {
+            "weights": self.weights,
+            "gpu": None if options.capabilities else gpu_name(),
+            **_PLAN_OPTIONS.dump_python(options, mode="json"),
+        }
         return cast(EngineOptions, built_for | ({"plugins": self.uses_plugins(flavour)} if flavour.takes_plugins else {}))
 
     def uses_plugins(self, flavour: Flavour) -> bool:
@@ -96,7 +103,7 @@ def request_of(backend: str, engines: EngineSet) -> EngineRequest:
     if backend in UNCOMPILED:
         return EngineRequest((backend,))
     options = {name: value for name, value in engines.options.items() if name not in ("weights", "gpu", "plugins")}
-    return EngineRequest((backend,), engines.options["weights"], PlanOptions.from_json(options), engines.options.get("plugins"))
+    return EngineRequest((backend,), engines.options["weights"], _PLAN_OPTIONS.validate_python(options), engines.options.get("plugins"))
 
 
 def stale_engine_reasons(backend: str, held: EngineSet, request: EngineRequest | None) -> list[str]:

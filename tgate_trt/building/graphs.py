@@ -14,11 +14,10 @@ from tgate_trt.bundle.components import Component
 from tgate_trt.bundle.manifest import TRACE, BuiltFor, graph_file
 from tgate_trt.eager import torch_dtype
 from tgate_trt.export import weights
-from tgate_trt.export.components import attach, trace_component
+from tgate_trt.export.components import names_in_files, trace_component
 from tgate_trt.export.cut import cut, spec_of
 from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
-from tgate_trt.files import places_of
 from tgate_trt.models.resolve import resolve_again
 from tgate_trt.models.source import ModelReference, ModelSource
 from tgate_trt.specs import ROWS, GraphSpec
@@ -79,7 +78,7 @@ def write_graph(folder: Path, traced: ir.Model, name: str, built_for: BuiltFor) 
 
 
 def _save(model: ir.Model, folder: Path, name: str) -> None:
-    weights.attach(model, places_of(folder / weights.WEIGHTS_FILE), folder)
+    weights.attach(model, folder, [folder / weights.WEIGHTS_FILE])
     ir.save(model, folder / name)
 
 
@@ -87,5 +86,5 @@ def write_component_graph(component: Component, folder: Path, spec: GraphSpec) -
     """Trace a component without its weights, and save its graph in the bundle's folder."""
     architecture = component.on_meta(torch_dtype(spec.outputs[0].dtype))
     model = trace_component(component.wrap(architecture), spec.inputs, spec.dimensions[ROWS].maximum)
-    attach(model, folder, component.weight_files(folder))
+    weights.attach(model, folder, component.weight_files(folder), names_in_files, "build with --no-components")
     ir.save(model, folder / graph_file(component.graph))

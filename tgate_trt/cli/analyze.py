@@ -1,17 +1,14 @@
-"""``tgate-analyze``: how attention and text act over the steps of a model, and where its gate can stand."""
+"""``tgate-analyze``: what attention and text do over the steps of a model, and where its gate can stand."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tgate_trt.cli.common import application, console, reporting
-
-if TYPE_CHECKING:
-    from tgate_trt.analysis.results import Study
+from tgate_trt.cli.common import Verbose, application, command_line, console, reporting
 
 app = application()
 
@@ -19,7 +16,7 @@ app = application()
 @app.command()
 def analyze(
     model: Annotated[str, typer.Argument(help="Folder of a bundle; or a model as tgate-build takes it, of which a bundle is built.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw. May be given several times. [default: the model's own]")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw. May be given several times. [default: built-in prompts]")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line, added to --prompt.")] = None,
     samples: Annotated[
         int | None,
@@ -35,24 +32,24 @@ def analyze(
     backend: Annotated[str | None, typer.Option(help="Engines to draw with. [default: the first that runs here]")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
     output: Annotated[Path, typer.Option(help="Folder of analysis-MODEL.json and analysis-MODEL.png.")] = Path("analysis"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="File of the results, in the place of --output.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File of the figure, .png, .svg or .pdf, in the place of --output.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file, and nothing to --output.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the figure to this file, .png, .svg or .pdf, and nothing to --output.")] = None,
+    verbose: Verbose = False,
 ) -> None:
-    """Measure where attention converges, what text does in which steps, and what each gate step costs.
+    """Measure where attention converges, in which steps the text matters, and what each gate step costs.
 
-    **convergence**: how much cross- and self-attention change from one step to the next. **null-text**: pictures with the prompt in the
-    first or in the last steps alone. **gate**: pictures against the gate step, drawn by the bundle's engines.
+    **convergence**: how much cross- and self-attention change from one step to the next. **null-text**: pictures with the prompt only in
+    the first or only in the last steps. **gate**: pictures at each gate step, drawn by the bundle's engines.
 
-    The suggested gate step is the smallest from which on accuracy is not significantly below vanilla's (one-sided sign test at 5 %), for
-    the demo model, whose pictures can be read by program. For any other model it is the smallest at which the relative change of
+    The suggested gate step of the demo model, whose pictures a program can read, is the smallest from which on accuracy is not
+    significantly below vanilla's (one-sided sign test at 5 %). That of any other model is the smallest at which the relative change of
     cross-attention, averaged over three steps, has fallen to half of its highest value so far.
 
     For example: `tgate-analyze bundles/shapes-64x64-fp32`
     """
     with reporting(verbose):
         from tgate_trt.analysis.prompts import read_prompts
-        from tgate_trt.analysis.study import analyze_and_save
+        from tgate_trt.analysis.study import Files, analyze, check_parts
         from tgate_trt.running.drawing import Drawing
 
         drawing = Drawing(
@@ -62,31 +59,31 @@ def analyze(
             guidance_scale=guidance_scale,
             scheduler=scheduler,
         )
-        parts = tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip()))
-        study, paths = analyze_and_save(
+        parts = check_parts(tuple(dict.fromkeys(part.strip() for part in only.split(",") if part.strip())))
+        files = Files(None if json_file or plot else output, json_file, plot)
+        files.check()
+        record = analyze(
             model,
             drawing,
             samples=samples,
+            command=command_line("tgate-analyze"),
             parts=parts,
             backend=backend,
             random_weights=random_weights,
-            output=None if json_file or plot else output,
-            json_file=json_file,
-            plot=plot,
         )
-        console.print(_summary(study))
-        for path in paths:
+        console.print(_summary(record))
+        for path in files.write(record):
             console.print(str(path))
 
 
-def _summary(study: Study) -> Table:
-    """What was suggested, and by which rule."""
-    suggestion = study.suggestion.to_json()
+def _summary(record: dict[str, Any]) -> Table:
+    """The suggested gate step, and the rule that suggests it."""
+    suggestion, steps = record["results"]["suggestion"], record["settings"]["steps"]
     table = Table("gate step", "rule", box=None)
     for name in ("by_convergence", "by_accuracy"):
         answer = suggestion[name]["gate_step"]
         suggested = ", suggested" if suggestion["rule"] == name else ""
-        table.add_row("not measured" if answer is None else f"{answer} of {study.steps}{suggested}", suggestion[name]["rule"])
+        table.add_row("not measured" if answer is None else f"{answer} of {steps}{suggested}", suggestion[name]["rule"])
     return table
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgate_trt.errors import InputError
-from tgate_trt.files import read_json, read_tensors, weight_files
+from tgate_trt.files import read_json, read_named, read_tensors, weight_files
 from tgate_trt.models.fingerprints import Fingerprint, fingerprint_of
 from tgate_trt.models.lora import Lora, LoraFile, fuse
 from tgate_trt.models.signature import signature
@@ -79,7 +79,7 @@ class Stored:
 
     def others(self, source: ModelSource) -> Iterator[tuple[str, Tensors]]:
         for name in source.other_models():
-            yield name, read_tensors(weight_files(source.component(name)))
+            yield name, read_named(weight_files(source.component(name)))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typer.testing import Result
 
 from tgate_trt.analysis import study
 from tgate_trt.analysis.convergence import ALL_LAYERS
+from tgate_trt.analysis.record import SCHEMA, read
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.cli import analyze
 
@@ -28,7 +29,7 @@ ErrorOf = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def results(run: Run, one_thread: None, sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def record(run: Run, one_thread: None, sd_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes for the tiny model."""
     folder = tmp_path_factory.mktemp("analysis")
     prompts = folder / "prompts.txt"
@@ -39,21 +40,24 @@ def results(run: Run, one_thread: None, sd_bundle: Bundle, tmp_path_factory: pyt
     assert [file.name for file in files] == ["analysis-tiny-sd.json", "analysis-tiny-sd.png"]
     with Image.open(files[1]) as figure:
         assert figure.format == "PNG" and min(figure.size) > 500
-    data: dict[str, Any] = json.loads(files[0].read_text(encoding="utf-8"))
-    gate_step = data["suggestion"]["gate_step"]
+    data = read(files[0])
+    gate_step = data["results"]["suggestion"]["gate_step"]
     assert f"{gate_step} of {STEPS}, suggested" in result.output and str(files[0].name) in result.output.replace("\n", "")
     return data
 
 
-def test_results_say_what_they_are_of(results: dict[str, Any]) -> None:
-    assert results["subject"]["model"] == "tiny-sd"
-    assert results["settings"]["prompts"] == ["a red fox", "two birds in a tree"]
-    assert (results["settings"]["steps"], results["settings"]["pictures"], results["settings"]["backend"]) == (STEPS, 3, "onnxruntime")
-    assert {"versions", "commit", "machine", "date"} <= results.keys()
-    assert re.search(r"0\.5 of its highest", results["suggestion"]["by_convergence"]["rule"])
+def test_results_say_what_they_are_of(record: dict[str, Any]) -> None:
+    assert record["subject"]["model"] == "tiny-sd"
+    assert record["settings"]["prompts"] == ["a red fox", "two birds in a tree"]
+    assert (record["settings"]["steps"], record["settings"]["pictures"], record["settings"]["backend"]) == (STEPS, 3, "onnxruntime")
+    assert {"versions", "commit", "machine", "date"} <= record.keys()
+    assert (record["schema"], record["what"]) == (SCHEMA, "analysis")
+    assert record["command"].startswith("tgate-analyze")
+    assert re.search(r"0\.5 of its highest", record["results"]["suggestion"]["by_convergence"]["rule"])
 
 
-def test_results_are_whole(results: dict[str, Any]) -> None:
+def test_results_are_whole(record: dict[str, Any]) -> None:
+    results = record["results"]
     for kind in ("cross_attention", "self_attention"):
         groups = results["convergence"][kind]
         assert list(groups) == [ALL_LAYERS, "down 8×8", "mid 4×4", "up 8×8"]
@@ -77,8 +81,9 @@ def test_a_model_becomes_a_bundle_first(run: Run, tiny_sd_configs: Path, tmp_pat
     Bundle.open(next((tmp_path / "bundles").iterdir()))
     data = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert data["subject"]["random_weights"]
-    assert data["convergence"] is data["null_text"] is data["suggestion"]["gate_step"] is None
-    assert data["gate"]["distance"]["low"] == data["gate"]["distance"]["mean"]
+    results = data["results"]
+    assert results["convergence"] is results["null_text"] is results["suggestion"]["gate_step"] is None
+    assert results["gate"]["distance"]["low"] == results["gate"]["distance"]["mean"]
     assert not (tmp_path / "analysis").exists()
 
 

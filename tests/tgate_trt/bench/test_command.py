@@ -45,7 +45,7 @@ def measured(run: Run, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     """One run over two backends and PyTorch without engines: the record, the folder of its files, and the output."""
     folder = tmp_path_factory.mktemp("results")
     done = run(
-        *(app, bundle, "--gate-step", "0.25", "--after-gate", "negative,positive", "--backend", "onnxruntime,pytorch"),
+        *(app, "run", bundle, "--gate-step", "0.25", "--after-gate", "negative,positive", "--backend", "onnxruntime,pytorch"),
         *("--beside", "official", "--steps", "4", "--rounds", "2", "--quality", "--samples", "2", "--scheduler", "ddim", "--no-memory"),
         *("--json", folder / "a.json", "--markdown", folder / "a.md", "--plot", folder / "a.png"),
     )
@@ -175,7 +175,7 @@ def test_pictures_are_those_of_a_loaded_pipeline_whatever_is_timed_and_kept(bund
 
 def test_what_compilers_say_needs_no_gpu(run: Run, bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    done = run(app, "--kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
+    done = run(app, "kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
     assert done.exit_code == 0, done.output
     results = files.read(tmp_path / "kernels.json")["results"]
     assert {row["spilled_bytes"] for row in results["resources"]} == {0}
@@ -184,19 +184,36 @@ def test_what_compilers_say_needs_no_gpu(run: Run, bundle: Path, tmp_path: Path)
 
 def test_mistakes_are_one_sentence(error_of: ErrorOf, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "takes the folder of a bundle, got nothing" in error_of(app)
-    assert "there is no such folder" in error_of(app, "nothing")
-    assert "one measurement at a time, got --macs --probe" in error_of(app, "--macs", "--probe")
-    assert "tgate-bench --build takes one model, got sd15 sd21" in error_of(app, "--build", "sd15", "sd21")
-    assert "there is no figure of --macs" in error_of(app, "--macs", "--plot", "a.png")
-    assert "--plot" in error_of(app, "--probe", "--plot", "a.png")
-    assert "a figure is a file of .png, .svg, .pdf" in error_of(app, bundle, "--plot", "a.gif")
-    assert "gate_step=9 is more than the 4 steps" in error_of(app, bundle, "--gate-step", "9", "--steps", "4")
-    assert "--after-gate takes negative, positive, fading, got 'x'" in error_of(app, bundle, "--after-gate", "x")
-    assert "--rounds must be at least 1, got 0" in error_of(app, bundle, "--rounds", "0")
-    assert "there is no backend 'abacus'" in error_of(app, bundle, "--backend", "abacus")
-    assert "there is no scheduler 'x'" in error_of(app, bundle, "--scheduler", "x")
-    assert "got 'nothing'" in error_of(app, "--macs", "nothing")
+    assert "there is no such folder" in error_of(app, "run", "nothing")
+    assert "a figure is a file of .png, .svg, .pdf" in error_of(app, "run", bundle, "--plot", "a.gif")
+    assert f"{tmp_path} is a folder" in error_of(app, "run", bundle, "--json", tmp_path)
+    assert "cannot write to /proc/nowhere" in error_of(app, "growth", "--plot", "/proc/nowhere/a.png")
+    assert "gate_step=9 is more than the 4 steps" in error_of(app, "run", bundle, "--gate-step", "9", "--steps", "4")
+    assert "--after-gate takes negative, positive, fading, got 'x'" in error_of(app, "run", bundle, "--after-gate", "x")
+    assert "--rounds must be at least 1, got 0" in error_of(app, "run", bundle, "--rounds", "0")
+    assert "there is no backend 'abacus'" in error_of(app, "run", bundle, "--backend", "abacus")
+    assert "there is no scheduler 'x'" in error_of(app, "run", bundle, "--scheduler", "x")
+    assert "got 'nothing'" in error_of(app, "macs", "nothing")
+    assert "got 'nothing'" in error_of(app, "build", "nothing")
+    assert "there is no such folder" in error_of(app, "kernels", "nothing")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("sd15",), ("run",), ("build", "sd15", "sd21"), ("macs", "--plot", "a.png"), ("probe", "shapes"), ("kernels", "--rounds", "0")],
+)
+def test_wrong_usage_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
+    assert run(app, *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["run", "macs", "growth", "build", "kernels", "probe"])
+def test_each_command_has_a_help_of_its_own(run: Run, command: str) -> None:
+    done = run(app, command, "--help")
+    assert done.exit_code == 0
+    assert f"For example: tgate-bench {command}" in done.output
+    assert ("--gate-step" in done.output) == (command == "run")
+    assert ("--compute-capability" in done.output) == (command == "build")
+    assert ("--plot" in done.output) == (command in ("run", "growth"))
 
 
 def test_a_foreign_file_is_no_record(tmp_path: Path) -> None:
@@ -204,14 +221,16 @@ def test_a_foreign_file_is_no_record(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.json is no record"):
         files.read(tmp_path / "a.json")
     (tmp_path / "a.json").write_text('{"schema": 1}', encoding="utf-8")
-    with pytest.raises(InputError, match="has schema 1, this version reads 2"):
+    with pytest.raises(InputError, match="has schema 1, this version reads 3"):
         files.read(tmp_path / "a.json")
 
 
 def test_growth_goes_on_from_its_own_file_alone(error_of: ErrorOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps({"schema": 2, "what": "growth"}), encoding="utf-8")
+    assert "a.json has schema 2, this version reads 3" in error_of(app, "growth", "--json", "a.json")
     (tmp_path / "a.json").write_text(json.dumps({"schema": files.SCHEMA, "what": "macs"}), encoding="utf-8")
-    assert "a.json holds results of macs; choose another --json" in error_of(app, "--growth", "--json", "a.json")
+    assert "a.json holds results of macs; choose another --json" in error_of(app, "growth", "--json", "a.json")
 
 
 @pytest.mark.parametrize(

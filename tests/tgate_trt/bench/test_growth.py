@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tgate_trt.analysis.record import environment
-from tgate_trt.bench import growth
+from tgate_trt.analysis.record import environment, record_of
+from tgate_trt.bench import growth, plot, report
 from tgate_trt.errors import InputError
 from tgate_trt.models.resolve import resolve
 
@@ -26,9 +26,10 @@ def measured(tiny_sd_configs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def record(measured: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
-    """The measurement under two names, of a model and of one ten times as large."""
+    """The record of the measurement under two names, of a model and of one ten times as large."""
     small = measured[1]["models"]["tiny-sd"]
-    return {"models": {"large": small | {"parameters": 10 * small["parameters"]}, "small": copy.deepcopy(small)}}
+    models = {"large": small | {"parameters": 10 * small["parameters"]}, "small": copy.deepcopy(small)}
+    return record_of("growth", "tgate-bench growth", environment(), {}, {"models": models})
 
 
 def test_build_steps_memory_and_disk_are_measured(measured: tuple[Path, dict[str, Any]], tiny_sd_configs: Path) -> None:
@@ -73,17 +74,17 @@ def test_other_code_machine_or_question_is_another_measurement(measured: tuple[P
 
 
 def test_models_are_shown_from_small_to_large(record: dict[str, Any], tmp_path: Path) -> None:
-    rows = growth.rows(record)
-    assert [row[0] for row in rows] == ["small", "large"]
-    assert all(len(row) == len(growth.HEADER) for row in rows)
-    found = record["models"]["small"]
-    median = found["steps"]["vanilla"]["seconds"]["median"]
-    shown = rows[0][growth.HEADER.index("vanilla step")]
+    (table,) = report.tables_of(record)
+    assert [row[0] for row in table.rows] == ["small", "large"]
+    assert all(len(row) == len(table.header) for row in table.rows)
+    found = record["results"]["models"]
+    median = found["small"]["steps"]["vanilla"]["seconds"]["median"]
+    shown = table.rows[0][table.header.index("vanilla step")]
     unit = {"ms": 1e-3, "s": 1.0}[shown.split()[1]]
     assert float(shown.split()[0]) * unit == pytest.approx(median, rel=6e-3)
-    assert f"{record['models']['large']['parameters'] / 1e6:,.1f} M" == rows[1][1]
-    assert any(found["machine"]["cpu"] in note for note in growth.notes(record))
-    growth.plot(record, tmp_path / "growth.png")
+    assert f"{found['large']['parameters'] / 1e6:,.1f} M" == table.rows[1][1]
+    assert any(found["small"]["machine"]["cpu"] in note for note in table.notes)
+    plot.save(record, tmp_path / "growth.png")
     with Image.open(tmp_path / "growth.png") as picture:
         assert picture.width > 2 * picture.height
         assert len(set(picture.convert("L").resize((600, 200)).getdata())) > 10
@@ -91,5 +92,5 @@ def test_models_are_shown_from_small_to_large(record: dict[str, Any], tmp_path: 
 
 def test_nothing_is_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to draw"):
-        growth.plot({"models": {}}, tmp_path / "growth.png")
+        plot.save(record_of("growth", "tgate-bench growth", environment(), {}, {"models": {}}), tmp_path / "growth.png")
     assert list(tmp_path.iterdir()) == []

@@ -107,7 +107,7 @@ def test_rows_under_the_exporters_name_are_rows() -> None:
 
 def test_a_layer_of_unknown_shape_is_told() -> None:
     model = graph(SHAPELESS)
-    with pytest.raises(BuildError, match="does not tell the shape of 'folded'"):
+    with pytest.raises(BuildError, match="lacks the shape of 'folded'"):
         macs_of(model, 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgate_trt.bench.spread import ratios, spread
+from tgate_trt.bench.spread import in_rounds, ratios, spread
 from tgate_trt.bench.stopwatch import Stopwatch
 
 
@@ -55,3 +55,14 @@ def test_watching_ends_with_its_block() -> None:
 def test_a_ratio_is_taken_within_a_round() -> None:
     assert ratios([0.5, 5.0, 1.0], [1.0, 10.0, 2.0]) == {"median": 0.5, "p10": 0.5, "p90": 0.5, "samples": [0.5, 0.5, 0.5]}
     assert spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0, "samples": [3.0]}
+
+
+def test_rounds_go_forwards_and_backwards() -> None:
+    order: list[str] = []
+
+    def sample(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    assert in_rounds({"a": lambda: sample("a"), "b": lambda: sample("b")}, 3) == {"a": [1.0, 4.0, 5.0], "b": [2.0, 3.0, 6.0]}
+    assert "".join(order) == "abbaab"
