@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -17,16 +20,18 @@ from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
 from tgate_trt.eager import is_architecture, torch_dtype
-from tgate_trt.errors import InputError
+from tgate_trt.errors import GateError, InputError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import opened_file
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
-from tgate_trt.gate.denoiser import GatedDenoiser
-from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, GateStep
+from tgate_trt.gate.denoiser import GatedDenoiser, schedule_of
+from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, NONE, GateStep
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import LoraFile, parameter_names
 from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
 from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
+
+logger = logging.getLogger(__name__)
 
 
 class LoadOptions(TypedDict, total=False):
@@ -89,6 +94,7 @@ def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]
     _put(pipeline, loader, getattr(pipeline, opened.manifest.model.attribute), options)
     _refit_components(pipeline, loader.loras, with_engines=False)
     _draw_by_default(pipeline, opened.manifest.built_for.height, opened.manifest.built_for.width)
+    _warn_of_a_scheduler_that_cannot_be_followed(pipeline, opened.manifest.steps)
     return pipeline.to(_gated(pipeline).device)
 
 
@@ -211,6 +217,16 @@ def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool) -> An
     for name, part in parts.items():
         setattr(pipeline, name, part)
     return pipeline
+
+
+def _warn_of_a_scheduler_that_cannot_be_followed(pipeline: Any, steps: int) -> None:
+    """Try the gate's arithmetic on a copy of the scheduler; the user may still set another one, so this is no error yet."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(steps)
+    try:
+        schedule_of(SimpleNamespace(scheduler=scheduler), scheduler.timesteps[0], NONE)
+    except GateError as error:
+        logger.warning("runs with this bundle's own scheduler will be refused: %s", error)
 
 
 def _draw_by_default(pipeline: Any, height: int, width: int) -> None:
