@@ -19,7 +19,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,7 @@ class Bundle:
     def denoiser_on_meta(self, dtype: torch.dtype) -> nn.Module:
         """The denoiser's architecture on the ``meta`` device, with the attributes that a pipeline reads."""
         config = read_json(self.pipeline / self.manifest.model.attribute / "config.json")
-        denoiser: Any = on_meta(config["_class_name"], config)
-        denoiser.register_to_config(_diffusers_version=metadata.version("diffusers"))  # some pipelines read it without a check
-        return nn.Module.to(denoiser, dtype).requires_grad_(False)
+        return nn.Module.to(on_meta(config["_class_name"], config), dtype).requires_grad_(False)
 
     def graph(self, name: str) -> GraphSpec:
         """The spec of a graph.

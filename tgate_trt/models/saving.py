@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 from tgate_trt.eager import torch_dtype
@@ -30,7 +31,8 @@ def save_rest(source: ModelSource, folder: Path, precision: str) -> None:
         InputError: if a component lacks files, or they cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / INDEX, source.index())
+    # diffusers reads the version of an inpainting pipeline without asking whether there is one.
+    write_json(folder / INDEX, {"_diffusers_version": metadata.version("diffusers"), **source.index()})
     (folder / source.denoiser_attribute).mkdir(exist_ok=True)
     write_json(folder / source.denoiser_attribute / "config.json", source.denoiser_config())
     for name, tensors in source.other_tensors():
