@@ -30,6 +30,8 @@ _R = TypeVar("_R")
 OnProgress = Callable[[float, str], None]
 """Receives the fraction done, from 0 to 1, and the name of the phase."""
 
+_PR_SET_PDEATHSIG = 1
+
 _SECONDS_TO_STOP = 10
 """Time that an interrupted child has to clean up before it is killed."""
 
@@ -116,9 +118,17 @@ def _trim() -> None:
         trim(0)
 
 
+def _die_with_the_parent() -> None:
+    """Let the system kill this process when its parent dies, however that comes about (Linux alone has it)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _answer(module: str, name: str) -> None:
     """Do the work that this process was started for."""
     global _parent  # noqa: PLW0603 - a process has one parent
+    _die_with_the_parent()
     children = importlib.import_module("tgate_trt.children")  # this file runs as `__main__`
     children._parent = _parent = os.fdopen(os.dup(1), "w")  # type: ignore[attr-defined]
     os.dup2(2, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 
 from tgate_trt.errors import TGateError
 
@@ -79,7 +82,9 @@ class _Progress(logging.Handler):
 
 @contextlib.contextmanager
 def reporting(verbose: bool, interrupted: str = "stopped; unfinished files are removed") -> Iterator[None]:
-    """Show the library's progress, and turn a `TGateError` into one sentence and exit code 1.
+    """Show the library's progress, and turn an error of the user's input or machine into one sentence and exit code 1.
+
+    A request to terminate (SIGTERM) ends the command as Ctrl-C does, so that unfinished files are removed and child processes end.
 
     Args:
         verbose: show the log of every library, and the traceback of an error.
@@ -87,13 +92,14 @@ def reporting(verbose: bool, interrupted: str = "stopped; unfinished files are r
     """
     progress = _Progress()
     try:
-        with _logged_by(progress, "tgate_trt", logging.INFO), _everything_shown() if verbose else _quiet_libraries():
+        logs = _everything_shown() if verbose else _quiet_libraries()
+        with _terminated_as_interrupted(), _logged_by(progress, "tgate_trt", logging.INFO), logs:
             yield
-    except TGateError as error:
+    except (TGateError, OSError, SafetensorError, MemoryError) as error:
         progress.close()
         if verbose:
             errors.print_exception()
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        errors.print(f"[bold red]error:[/] {escape(_sentence(error))}")
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         progress.close()
@@ -101,6 +107,33 @@ def reporting(verbose: bool, interrupted: str = "stopped; unfinished files are r
         raise typer.Exit(FAILED) from None
     finally:
         progress.close()
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line; those that are not ours lack what to do, so that is added."""
+    if isinstance(error, TGateError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "the memory of this machine ran out; free some, or use a smaller model, size or batch"
+    where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"cannot read or write {where or 'a file'}: {reason}; check its place, its permissions and the space on its disk"
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt` for a while, in the main thread, which alone may receive signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

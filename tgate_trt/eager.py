@@ -49,6 +49,11 @@ def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
         return module_of(kind, config)
 
 
+def is_architecture(module: nn.Module) -> bool:
+    """Whether a module is on the ``meta`` device: an architecture without weights."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
 def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor:
     """Call a denoiser of diffusers with inputs by their names in `tgate_trt.models.signature.signature`.
 

@@ -102,11 +102,11 @@ def test_a_plan_takes_a_gpu(sd_like_bundle: Bundle) -> None:
 def sd_like_bundle(tmp_path: Path) -> Bundle:
     """A manifest that names a plan, which is not read."""
     manifest = Manifest(
-        model=BuiltFrom("tiny", ModelReference("tiny"), "unet", 77, (), {"content": "c"}),
+        model=BuiltFrom("tiny", ModelReference("tiny"), "unet", 77, (), {"content": "c", "files": {}, "seed": None, "revision": None}),
         built_for=BuiltFor("fp32", 64, 64, Bounds(1, 1, 1), fuse_cache_reuse=True),
         built_with={},
         graphs={"fidelity": SPEC},
-        engines={"tensorrt-rtx": EngineSet({"fidelity": "fidelity.plan"}, {"weights": "baked"})},
+        engines={"tensorrt-rtx": EngineSet({"fidelity": "fidelity.plan"})},
         verification={},
         gate_step=None,
         steps=1,

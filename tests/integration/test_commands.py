@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from PIL import Image
+from safetensors.torch import save_file
 from typer import Typer
 from typer.testing import Result
 
@@ -152,8 +159,8 @@ def test_build_refuses_bad_input(
         (["--scheduler", "dpm"], "there is no scheduler 'dpm'"),
         (["--backend", "openvino"], "there is no backend 'openvino'"),
         (["--backend", "tensorrt"], "holds no engine of tensorrt"),
-        (["--output", "picture.jpeg", "--steps", "1", "--gate-step", "none"], "takes a .png file or a folder"),
-        (["--output", "/proc/nowhere/x.png", "--steps", "1", "--gate-step", "none"], "cannot write to /proc/nowhere/x.png"),
+        (["--output", "picture.bmp", "--steps", "1", "--gate-step", "none"], "takes a .png, .jpg, .jpeg, .webp file or a folder"),
+        (["--output", "/proc/nowhere/x.png", "--steps", "1", "--gate-step", "none"], "cannot write to /proc/nowhere: "),
     ],
 )
 def test_generate_refuses_bad_input(
@@ -205,3 +212,60 @@ def test_usage_errors_exit_with_two(run: Run) -> None:
 def test_help_of_the_installed_commands(command: str) -> None:
     done = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, check=True)
     assert command in done.stdout
+
+
+# Machines that fail
+
+
+def children_of(process: int) -> list[int]:
+    return [child.pid for child in psutil.Process(process).children(recursive=True)]
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda one: one.name)
+def test_a_build_that_is_ended_leaves_no_process_and_the_old_bundle(signal_: signal.Signals, bundle: Path, tmp_path: Path) -> None:
+    """Ended while a child verifies; after SIGKILL the next build removes the temporary folder."""
+    folder = copy(bundle, tmp_path)
+    command = [BIN / "tgate-build", "--model", Bundle.open(bundle).manifest.model.reference.model, "--output", folder, "--force"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        while not (started := children_of(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal_)
+        output = process.stdout.read()
+    assert process.returncode == (-signal.SIGKILL if signal_ is signal.SIGKILL else 1)
+    assert signal_ is signal.SIGKILL or output.endswith("stopped; unfinished files are removed\n")
+    _, alive = psutil.wait_procs([psutil.Process(child) for child in started if psutil.pid_exists(child)], timeout=10)
+    assert not alive
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("copy", ".tgate-trt")]
+    assert len(left) == (1 if signal_ is signal.SIGKILL else 0)
+    Bundle.open(folder, full=True)
+
+
+@pytest.mark.parametrize("command", ["tgate-build", "tgate-refit"])
+def test_a_disk_that_is_full_is_one_sentence(command: str, bundle: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: writes fail in the same places."""
+    folder, lora = copy(bundle, tmp_path), tmp_path / "lora.safetensors"
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{name}.lora_A.weight": torch.zeros(4000, 32), f"{name}.lora_B.weight": torch.zeros(32, 4000)}, lora)
+    model = Bundle.open(bundle).manifest.model.reference.model
+    arguments = {"tgate-build": ["--model", model, "--output", folder, "--force", "--no-verify"], "tgate-refit": [folder, "--lora", lora]}
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = subprocess.run([BIN / command, *arguments[command]], capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: cannot read or write \S+: .*; free some disk space, or choose another --output; .*\n", done.stderr), (
+        done.stderr
+    )
+    Bundle.open(folder, full=True)
+
+
+def test_inspect_shows_what_a_bundle_draws(run: Run, bundle: Path) -> None:
+    output = " ".join(run(inspect.app, bundle).output.split())
+    assert (
+        "pictures of 64×64 pixels, prompts of 77 tokens, 1 to 1 images in one run of TensorRT engines, 31 at most of the others" in output
+    )
+    assert "epsilon, sampled by DDIMScheduler" in output
+    assert "gate step None" in output

@@ -167,7 +167,11 @@ def unlisted(plan: Path, manifest: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(cut_off, "bytes instead of"), (foreign, r"is not what was built \(its sha256 differs\)"), (unlisted, "is not part of this bundle")],
+    [
+        (cut_off, "bytes instead of"),
+        (foreign, r"is not what was built \(its sha256 differs\)"),
+        (unlisted, "names planning.tensorrt-rtx.plan and has no hash of it"),
+    ],
 )
 def test_a_damaged_plan_is_refused_before_use(damage: object, message: str, own_bundles: Path) -> None:
     bundle = own_bundles / "baked"

@@ -109,7 +109,9 @@ class CrossAttentions:
 
 
 @torch.no_grad()
-def reference(pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int = 0, reuse: bool = True) -> Tensor:
+def reference(
+    pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int = 0, reuse: bool = True, unguided_from: int | None = None
+) -> Tensor:
     """Latents of an eager pipeline, gated by hand.
 
     Args:
@@ -118,6 +120,7 @@ def reference(pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int 
         gate_step: steps with cross-attention and guidance; all of them if None.
         kept_half: of the conditioning after the gate: 0 for the negative half, 1 for the positive.
         reuse: whether cross-attention is reused after the gate, or only guidance dropped.
+        unguided_from: step from which the pipeline goes on without guidance, with the positive half; never if None.
     """
     guided = run.guidance_scale > 1
     halves = conditions_of(pipeline, run, guided=guided)
@@ -142,6 +145,9 @@ def reference(pipeline: Any, run: Run, gate_step: int | None, *, kept_half: int 
             planning = gate_step is None or step < gate_step
             if not planning and reuse and not crossed.kept:
                 crossed.keep(guided=guided)
+            if guided and step == unguided_from:
+                guided, halves = False, halves[1:]
+                both = halves[0]
             sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided and planning else latents, t)
             conditions = both if planning else halves[kept_half if guided else 0]
             prediction = predict(pipeline.unet, sample, t, conditions)
@@ -436,12 +442,39 @@ def test_a_run_within_a_run_is_an_error_of_the_outer(nested_at: int, inner_steps
     assert all(is_same(drawn, alone) for drawn in inner)
 
 
-def test_a_batch_that_changes_within_a_run_is_refused(gated_sd: Any) -> None:
-    from diffusers.callbacks import SDCFGCutoffCallback
+def cutoff_of(model: str, step: int) -> Any:
+    """Diffusers' callback that ends guidance after a step."""
+    from diffusers import callbacks
 
-    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    with pytest.raises(GateError, match="from 2 rows to 1"):
-        draw(gated_sd, callback_on_step_end=cutoff)
+    kind = {"sd": callbacks.SDCFGCutoffCallback, "sdxl": callbacks.SDXLCFGCutoffCallback}[model]
+    return kind(cutoff_step_ratio=None, cutoff_step_index=step)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_callback_may_end_guidance_within_a_run(after: int, model: str, gated: Any, eager: Any) -> None:
+    """Before the gate at step 2, at it, and after it; the run goes on with the half that the pipeline kept."""
+    drawn = draw(gated, callback_on_step_end=cutoff_of(model, after))
+    expected = reference(eager, Run(), 2, unguided_from=after + 1)
+    assert_equal(drawn, expected)
+    if after == 0 or model == "sdxl":  # SD's fidelity graph takes no condition of either half
+        assert differ(expected, reference(eager, Run(), 2))
+    assert_equal(draw(gated), reference(eager, Run(), 2))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_callback_may_set_the_guidance_scale_to_1(after: int, gated: Any, eager: Any) -> None:
+    def set_scale(pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == after:
+            pipeline._guidance_scale = 1.0
+        return values
+
+    assert_equal(draw(gated, Run(TWO), callback_on_step_end=set_scale), reference(eager, Run(TWO), 2, unguided_from=after + 1))
+
+
+def test_a_batch_that_changes_within_a_run_is_refused(gated_sd: Any) -> None:
+    """Diffusers' callback keeps one prompt of two, with which no UNet can go on."""
+    with pytest.raises(GateError, match="'encoder_hidden_states' has 1 rows in a batch of 2"):
+        draw(gated_sd, Run(TWO), callback_on_step_end=cutoff_of("sd", 0))
 
 
 def test_more_calls_than_a_run_has_are_refused(gated_sd: Any) -> None:
@@ -526,9 +559,45 @@ def test_apply_refuses_other_weights(name: str, own_sd: Any, sd_bundle: Bundle) 
     with torch.no_grad():
         own_sd.unet.get_parameter(name).add_(1)
     own = own_sd.unet
-    with pytest.raises(InputError, match="other weights"):
+    with pytest.raises(InputError, match="are other than"):
         tgate_trt.apply(own_sd, sd_bundle)
     assert own_sd.unet is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_apply_takes_the_same_weights_in_another_precision(dtype: torch.dtype, own_sd: Any, sd_bundle: Bundle) -> None:
+    own_sd.to(dtype)
+    tgate_trt.apply(own_sd, sd_bundle, gate_step=2, threads=1)
+    assert isinstance(own_sd.unet, GatedDenoiser)
+    tgate_trt.remove(own_sd)
+    with torch.no_grad():
+        own_sd.unet.conv_in.weight[0].mul_(1.1)
+    with pytest.raises(
+        InputError, match=r"1 of the \d+ weights of the pipeline's UNet2DConditionModel are other .* 'conv_in.weight' first"
+    ):
+        tgate_trt.apply(own_sd, sd_bundle)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_apply_and_build_name_a_lora_that_is_loaded(fused: bool, own_sd: Any, sd_bundle: Bundle, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    own_sd.load_lora_weights(
+        {f"{name}.lora_A.weight": torch.randn(4, 32, generator=generator), f"{name}.lora_B.weight": torch.randn(32, 4, generator=generator)}
+    )
+    if fused:
+        own_sd.fuse_lora()
+    for attempt in (lambda: tgate_trt.apply(own_sd, sd_bundle), lambda: tgate_trt.build(own_sd, tmp_path / "bundle")):
+        with pytest.raises(InputError, match=r"unet|UNet2DConditionModel"):
+            attempt()
+    with pytest.raises(InputError, match=r"has LoRAs loaded; unload them by pipeline\.unload_lora_weights\(\)"):
+        tgate_trt.apply(own_sd, sd_bundle)
+    own_sd.unload_lora_weights()
+    if fused:
+        with pytest.raises(InputError, match=r"1 of the .* if a LoRA is fused into them, unfuse it"):
+            tgate_trt.apply(own_sd, sd_bundle)
+    else:
+        tgate_trt.apply(own_sd, sd_bundle, threads=1)
 
 
 def test_apply_refuses_another_architecture(own_sd: Any, sdxl_bundle: Bundle) -> None:

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgate_trt.analysis.outcomes import Outcome, compare
@@ -21,6 +20,7 @@ from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.running.drawing import Drawing, draw, prepare, to_bytes
+from tgate_trt.running.loading import eager_denoiser
 from tgate_trt.running.pipeline import load
 from tgate_trt.specs import MAXIMUM_ROWS
 
@@ -49,7 +49,7 @@ class Subject:
         self.drawing = replace(drawing, prompts=prompts).of(bundle)
         self.steps = drawing.steps or bundle.manifest.steps
         self.pipeline: Any = prepare(load(bundle, backend=backend), drawing.scheduler)
-        self.backend: str = self.denoiser.origin[1]
+        self.backend: str = self.denoiser.origin.backend
         self.batch_size = _batch_size(bundle, self.backend)
 
     @property
@@ -98,7 +98,7 @@ class Subject:
         """Free the engines, and put the eager model with the bundle's weights in their place."""
         gated = self.gated
         gated.close()
-        eager = eager_denoiser(self.bundle, gated.dtype).to(self.pipeline.device)
+        eager = eager_denoiser(BundleLoras.read(self.bundle), gated.dtype).to(self.pipeline.device)
         setattr(self.pipeline, self._attribute, eager)
         return eager
 
@@ -115,14 +115,6 @@ def check_weights(bundle: Bundle) -> None:
     """
     if WEIGHTS_FILE not in bundle.manifest.files:
         raise StaleBundleError(f"{bundle.folder} holds no weights for eager PyTorch; build it again without --discard-graphs")
-
-
-def eager_denoiser(bundle: Bundle, dtype: torch.dtype) -> nn.Module:
-    """The denoiser in eager PyTorch, with the weights and the LoRAs of a bundle; see `check_weights`."""
-    denoiser = bundle.denoiser_on_meta(dtype)
-    denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(bundle.folder / WEIGHTS_FILE).items()}, assign=True)
-    denoiser.load_state_dict(BundleLoras.read(bundle).weights(bundle.manifest.model.attribute), strict=False)
-    return denoiser.eval().requires_grad_(False)
 
 
 def _batch_size(bundle: Bundle, backend: str) -> int:

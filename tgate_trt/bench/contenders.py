@@ -12,18 +12,18 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from tgate_trt.analysis.subject import eager_denoiser
 from tgate_trt.bench.macs import Macs, macs_of_graph
 from tgate_trt.bench.settings import COMPILED, OFFICIAL, Setting
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING, GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.running.drawing import Drawing, draw, prepare
-from tgate_trt.running.loading import EngineLoader
+from tgate_trt.running.loading import EngineLoader, eager_denoiser
 from tgate_trt.running.pipeline import pipeline_of
 
 TEXT, VAE = "text encoding", "VAE"
@@ -204,7 +204,7 @@ class Studio:
 
         attribute = self.bundle.manifest.model.attribute
         if self._eager is None:
-            self._eager = denoiser = eager_denoiser(self.bundle, self.dtype).to(self.device)
+            self._eager = denoiser = eager_denoiser(BundleLoras.read(self.bundle), self.dtype).to(self.device)
         else:
             denoiser = self.bundle.denoiser_on_meta(self.dtype)
             denoiser.load_state_dict(self._eager.state_dict(), assign=True)

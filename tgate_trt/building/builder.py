@@ -20,11 +20,12 @@ from tgate_trt.building.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.building.verification import Task, verify_in_child
 from tgate_trt.bundle.bundle import Bundle, copy_into, describe_files, write_manifest
 from tgate_trt.bundle.components import components_of
-from tgate_trt.bundle.folder import building
+from tgate_trt.bundle.folder import building, locked
 from tgate_trt.bundle.manifest import PIPELINE, TRACE, BuiltFrom, EngineSet, Manifest, graph_file
 from tgate_trt.eager import torch_dtype
 from tgate_trt.errors import BundleError, StaleBundleError
 from tgate_trt.export import weights
+from tgate_trt.models.fingerprints import Fingerprint
 from tgate_trt.models.lora import LoraFile
 from tgate_trt.models.resolve import resolve
 from tgate_trt.models.saving import save_rest
@@ -43,8 +44,8 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
         **options: ``backend``, ``precision``, ``height``, ``width``, ``batch_size``, ``graphs``, ``compute_capability``, ``weights``,
-            ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``random_weights``, ``verify``,
-            ``force``; see `tgate_trt.building.request.BuildOptions`.
+            ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``config``, ``prediction_type``,
+            ``random_weights``, ``verify``, ``force``; see `tgate_trt.building.request.BuildOptions`.
 
     Returns:
         The bundle, opened.
@@ -57,10 +58,22 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
     if unknown:
         raise TypeError(f"there is no option {sorted(unknown)[0]!r}; the options are {', '.join(BuildOptions.__annotations__)}")
     loras = [LoraFile.parse(one) if isinstance(one, str) else one for one in options.get("lora") or ()]
-    source = resolve(model, random_weights=options.get("random_weights", False), lora=loras)
+    source = resolve(
+        model,
+        random_weights=options.get("random_weights", False),
+        config=options.get("config"),
+        prediction_type=options.get("prediction_type"),
+        lora=loras,
+    )
     request = Request.resolved(source, options)
-    target = Path(output) if output is not None else default_output(source, request)
-    existing = None if options.get("force") else _open_existing(target)
+    target = (Path(output) if output is not None else default_output(source, request)).absolute()
+    with locked(target):
+        return _build(source, request, target, force=options.get("force", False))
+
+
+def _build(source: ModelSource, request: Request, target: Path, *, force: bool) -> Bundle:
+    """Build a bundle, add to it, or return it as it is."""
+    existing = None if force else _open_existing(target)
     fingerprint = source.fingerprint(existing.manifest.model.fingerprint if existing else None)
     if existing:
         reasons = stale_reasons(existing.manifest, fingerprint["content"], request)
@@ -101,7 +114,7 @@ def add_graph(bundle: Bundle, name: str) -> Bundle:
     if TRACE not in manifest.files:
         raise StaleBundleError(f"{bundle.folder} holds no graphs to add to; build it again without --discard-graphs")
     request = Request(manifest.built_for, (name,), EngineRequest(()), verify=False, components=False)
-    with building(bundle.folder) as folder:
+    with locked(bundle.folder), building(bundle.folder) as folder:
         copy_into(bundle, folder)
         _complete(folder, bundle.folder, None, request, manifest)
     return Bundle.open(bundle.folder)
@@ -116,7 +129,7 @@ def _open_existing(target: Path) -> Bundle | None:
         return None
 
 
-def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: dict[str, Any]) -> Manifest:
+def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: Fingerprint) -> Manifest:
     """Write weights, the rest of the pipeline and the trace into an empty folder; no graph is cut yet."""
     built_for = request.built_for
     file, tensors = folder / weights.WEIGHTS_FILE, source.tensors(torch_dtype(built_for.precision))

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
-from tgate_trt.bundle.manifest import BESIDE, MANIFEST, EngineSet, graph_file
+from tgate_trt.bundle.folder import beside
+from tgate_trt.bundle.manifest import MANIFEST, EngineOptions, EngineSet, graph_file
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, UnsupportedError
@@ -76,17 +77,17 @@ class EngineRequest:
             return options
         return dataclasses.replace(options, capabilities=flavour.capabilities_by_default)
 
-    def built_for(self, backend: str) -> dict[str, Any]:
+    def built_for(self, backend: str) -> EngineOptions:
         """What the manifest keeps as an `EngineSet`'s options."""
         if backend in UNCOMPILED:
-            return {}
+            return EngineOptions()
         flavour, options = FLAVOURS[backend], self._options(FLAVOURS[backend])
         built_for = {
             "weights": self.weights,
             "gpu": None if options.capabilities else gpu_name(),
             **_PLAN_OPTIONS.dump_python(options, mode="json"),
         }
-        return built_for | ({"plugins": self.uses_plugins(flavour)} if flavour.takes_plugins else {})
+        return cast(EngineOptions, built_for | ({"plugins": self.uses_plugins(flavour)} if flavour.takes_plugins else {}))
 
     def uses_plugins(self, flavour: Flavour) -> bool:
         """Whether a flavour's engines hold the plugin."""
@@ -152,7 +153,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
         file = f"{name}.{backend}.plan"
         with _graph_to_build(folder, name, request.weights, request.uses_plugins(flavour)) as (graph, parameters):
             kernels = {"tgate-trt": metadata.version("tgate-trt")} if request.uses_plugins(flavour) else {}
-            key = _key(folder, graph, spec, request.built_for(backend) | request.built_with(backend) | kernels)
+            key = _key(folder, graph, spec, {**request.built_for(backend), **request.built_with(backend), **kernels})
             if not _reuse(target, backend, name, key, folder / file):
                 _build(flavour, graph, folder / file, spec, request, parameters, target)
         files[name], keys[name] = file, key
@@ -217,7 +218,7 @@ def _build(
     flavour: Flavour, graph: Path, plan: Path, spec: GraphSpec, request: EngineRequest, parameters: Mapping[str, TensorSpec], target: Path
 ) -> None:
     """Build one plan, with its progress in the log."""
-    beside = target.absolute().parent / BESIDE
+    shared = beside(target)
     what = f"{flavour.backend} engine of {spec.name}"
     start = time.perf_counter()
 
@@ -233,8 +234,8 @@ def _build(
         request._options(flavour),
         parameters=parameters,
         plugins=request.uses_plugins(flavour),
-        log=beside / "logs" / f"{target.name}.{spec.name}.{flavour.backend}.log",
-        timing_cache=beside / f"timing.{flavour.backend}-{flavour.version()}.cache",
+        log=shared / "logs" / f"{target.name}.{spec.name}.{flavour.backend}.log",
+        timing_cache=shared / f"timing.{flavour.backend}-{flavour.version()}.cache",
         on_progress=log_progress,
     )
     logger.info("%s done in %.1f s", what, time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -55,6 +56,10 @@ class BuildOptions(TypedDict, total=False):
     addition and a norm. If None, the plugin where TensorRT takes it, else the function."""
     discard_graphs: bool
     """Whether to leave graphs and weights out of the bundle that baked engines do without. Nothing can be added to it then."""
+    config: str | os.PathLike[str] | None
+    """Diffusers folder with the configuration and tokenizers of a ``.safetensors`` checkpoint; found out from the file if None."""
+    prediction_type: str | None
+    """``"epsilon"``, ``"v_prediction"`` or ``"sample"``, in the place of what the model states; its own if None."""
     random_weights: bool
     """Whether to fill a named architecture with seeded random weights."""
     verify: bool

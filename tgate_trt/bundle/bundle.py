@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tgate_trt.bundle.folder import mend
-from tgate_trt.bundle.manifest import MANIFEST, PIPELINE, STAMPS, HeldFile, Manifest
+from tgate_trt.bundle.folder import GUESTS, mend
+from tgate_trt.bundle.manifest import BESIDE, MANIFEST, PIPELINE, STAMPS, HeldFile, Manifest
 from tgate_trt.eager import on_meta
 from tgate_trt.errors import BundleError
 from tgate_trt.files import link_or_copy, read_json, replace_file, sha256, stamp
@@ -83,22 +83,51 @@ class Bundle:
     def _check_files(self, full: bool) -> None:
         stamps = {} if full else _read_stamps(self.folder)
         found = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir()}
-        foreign = sorted(found - set(self.manifest.files) - {MANIFEST, STAMPS})
+        guests = {name for name in found if name.partition("/")[0] in (*GUESTS, BESIDE)}
+        foreign = sorted(found - guests - set(self.manifest.files) - {MANIFEST, STAMPS})
         if foreign:
             raise BundleError(f"{foreign[0]} is not part of this bundle; remove it")
         fresh = {}
         for name, expected in self.manifest.files.items():
             path = self.folder / name
-            if name not in found or path.is_symlink():
+            if name not in found:
                 raise BundleError(f"{name} is missing; build the bundle again with --force")
+            if not _stays_in(path.resolve(), self.folder.resolve()):
+                raise BundleError(f"{name} is a link out of the bundle; put the file itself there")
             size = path.stat().st_size
             if size != expected.size:
                 raise BundleError(f"{name} has {size} bytes instead of {expected.size}; build the bundle again with --force")
             fresh[name] = stamp(path)
             if stamps.get(name) != fresh[name] and sha256(path) != expected.sha256:
                 raise BundleError(f"{name} is not what was built (its sha256 differs); build the bundle again with --force")
+        for name in self.manifest.files:
+            if name.endswith(".index.json"):
+                _check_index(self.folder / name)
         if fresh != stamps:
             write_stamps(self.folder, fresh)
+
+
+def _stays_in(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, or among the blobs to which the snapshots of the hub's cache link.
+
+    Args:
+        file: with its links resolved.
+        folder: with its links resolved.
+    """
+    blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return file.is_relative_to(folder) or file.parent in blobs
+
+
+def _check_index(index: Path) -> None:
+    """Check that an index of shards names files of its own folder alone.
+
+    Raises:
+        BundleError: if it names another file.
+    """
+    files = read_json(index).get("weight_map", {}).values()
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise BundleError(f"{index.name} names {file!r}, which is not in its folder; build the bundle again with --force")
 
 
 def describe_files(folder: Path, known: Mapping[str, HeldFile] | None = None) -> dict[str, HeldFile]:

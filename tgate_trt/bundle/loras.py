@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tgate_trt.bundle.backends import UNCOMPILED
 from tgate_trt.bundle.bundle import Bundle, copy_into, describe_files, write_manifest
 from tgate_trt.bundle.components import component_of, weight_files
-from tgate_trt.bundle.folder import building
+from tgate_trt.bundle.folder import building, locked
 from tgate_trt.bundle.manifest import HeldLora
 from tgate_trt.errors import StaleBundleError, UnsupportedError
 from tgate_trt.files import read_json, read_named, shapes_of
@@ -100,7 +100,7 @@ def refit_bundle(bundle: Bundle, files: Sequence[LoraFile]) -> Bundle:
     loras = BundleLoras.read(bundle, files)
     for backend in bundle.manifest.engines:
         loras.refuse_what_cannot_be_refitted(backend)
-    with building(bundle.folder) as folder:
+    with locked(bundle.folder), building(bundle.folder) as folder:
         copy_into(bundle, folder)
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         held = []

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from annotated_types import Ge
+from pydantic import AfterValidator, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from tgate_trt.errors import BundleError, InputError
-from tgate_trt.gate.schedule import GateStep
+from tgate_trt.gate.schedule import GateStep, check_gate_step
+from tgate_trt.models.fingerprints import Fingerprint
 from tgate_trt.models.source import ModelReference
-from tgate_trt.specs import Bounds, GraphSpec
+from tgate_trt.specs import PRECISIONS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
 SCHEMA = 3
@@ -33,6 +37,26 @@ def graph_file(graph: str) -> str:
 
 
 BoundsText = Annotated[Bounds, PlainValidator(Bounds.parse), PlainSerializer(str)]
+
+
+def _plain(path: str) -> str:
+    """A path that stays in the bundle's folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
+        raise ValueError(f"{path!r} is not a path in the bundle")
+    return path
+
+
+def _precision(name: str) -> str:
+    if name not in PRECISIONS:
+        raise ValueError(f"a precision is one of {', '.join(PRECISIONS)}, got {name!r}")
+    return name
+
+
+PlainPath = Annotated[str, AfterValidator(_plain)]
+Precision = Annotated[str, AfterValidator(_precision)]
+Gate = Annotated[GateStep, AfterValidator(check_gate_step)]
+Count = Annotated[int, Ge(1)]
 GraphData = Annotated[GraphSpec, PlainValidator(GraphSpec.from_json), PlainSerializer(GraphSpec.to_json)]
 
 
@@ -48,24 +72,24 @@ class BuiltFrom:
     """Of an encoded prompt."""
     components: tuple[str, ...]
     """Graphs that its text encoders and VAE can become."""
-    fingerprint: Mapping[str, Any]
-    """Of its files; see `tgate_trt.models.source.ModelSource.fingerprint`."""
+    fingerprint: Fingerprint
+    """Of its files."""
 
     @property
     def content(self) -> str:
         """Hash of all that a bundle is built from."""
-        return str(self.fingerprint["content"])
+        return self.fingerprint["content"]
 
 
 @dataclass(frozen=True)
 class BuiltFor:
     """What a bundle's graphs are for; each field is a reason to build again when it changes."""
 
-    precision: str
+    precision: Precision
     """Of `tgate_trt.specs.PRECISIONS`."""
-    height: int
+    height: Count
     """Pixels."""
-    width: int
+    width: Count
     """Pixels."""
     batch_size: BoundsText
     """Images of a run."""
@@ -80,25 +104,75 @@ class BuiltFor:
         return Bounds(images.minimum, 2 * images.optimum, 2 * images.maximum)
 
 
+class EngineOptions(TypedDict, total=False):
+    """What a backend's engines were built for."""
+
+    weights: Literal["baked", "shared", "shared-linear"]
+    """Of `tgate_trt.building.engines.WEIGHTS`."""
+    gpu: str | None
+    """Name of the GPU that they were built on and for, or None if they are for ``capabilities``."""
+    plugins: bool
+    """Whether they hold the plugin of the fused op; of TensorRT alone."""
+    capabilities: list[str]
+    """Compute capabilities that they run on, such as ``"SM89"``; empty for those of ``gpu``."""
+    optimization_level: int | None
+    workspace: int | None
+    """Bytes."""
+    version_compatible: bool
+    hardware_compatible: bool
+    refittable: bool
+    stripped: bool
+
+
+_ALWAYS = EngineOptions.__annotations__.keys() - {"plugins"}
+"""Options that every engine set has, or none."""
+
+
+class Check(TypedDict):
+    """A comparison of a graph with eager PyTorch."""
+
+    rows: int
+    error: float
+    """Relative L2 norm of the worst output."""
+
+
+class Report(TypedDict):
+    """The comparisons of one graph."""
+
+    compared_with: str
+    tolerance: float
+    checks: list[Check]
+
+
 @dataclass(frozen=True)
 class EngineSet:
     """The engines of one backend."""
 
-    files: Mapping[str, str]
+    files: Mapping[str, PlainPath]
     """File of each graph's engine."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """What they were built for: options of the backend, ``weights`` among them."""
+    options: EngineOptions = field(default_factory=EngineOptions)
+    """What they were built for; empty for backends that build nothing."""
     built_with: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that made them, beside those that made the graphs."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """By graph, a hash of everything that an engine depends on: engines of one key are interchangeable."""
+
+    def __post_init__(self) -> None:
+        """Check that the options are whole.
+
+        Raises:
+            BundleError: if one is missing.
+        """
+        missing = _ALWAYS - self.options.keys()
+        if self.options and missing:
+            raise BundleError(f"its manifest lacks an engine's {sorted(missing)[0]!r}; build it again")
 
 
 @dataclass(frozen=True)
 class HeldLora:
     """A LoRA that was put into a bundle after its build."""
 
-    file: str
+    file: PlainPath
     """In the bundle."""
     scale: float
     name: str
@@ -125,17 +199,28 @@ class Manifest:
     graphs: Mapping[str, GraphData]
     engines: Mapping[str, EngineSet]
     """By backend."""
-    verification: Mapping[str, Any]
+    verification: Mapping[str, Report]
     """What was compared with eager PyTorch, by graph; empty for a build with ``verify=False``."""
-    gate_step: GateStep | None
+    gate_step: Gate | None
     """The model's default, or None if it has none."""
-    steps: int
+    steps: Count
     """The model's default number of sampling steps."""
     guidance_scale: float | None
     """The model's default, or None for the pipeline's."""
     lora: tuple[HeldLora, ...] = ()
-    files: Mapping[str, HeldFile] = field(default_factory=dict)
+    files: Mapping[PlainPath, HeldFile] = field(default_factory=dict)
     """By path in the bundle."""
+
+    def check_files(self) -> None:
+        """Check that every file that this manifest names is one whose hash it has.
+
+        Raises:
+            BundleError: with the first that is not.
+        """
+        engines = {file for held in self.engines.values() for file in held.files.values()}
+        for file in sorted(engines | {held.file for held in self.lora}):
+            if file not in self.files:
+                raise BundleError(f"its manifest names {file} and has no hash of it; build the bundle again with --force")
 
     def to_json(self) -> dict[str, Any]:
         """This manifest as plain JSON data."""
@@ -154,13 +239,15 @@ class Manifest:
         if data["schema"] != SCHEMA:
             raise BundleError(f"its manifest has schema version {data['schema']!r}, this version reads {SCHEMA}; build it again")
         try:
-            return _form().validate_python({name: value for name, value in data.items() if name != "schema"})
+            manifest = _form().validate_python({name: value for name, value in data.items() if name != "schema"})
         except (ValidationError, InputError, AttributeError, TypeError) as error:
             reason = str(error)
             if isinstance(error, ValidationError):
                 first = error.errors(include_url=False)[0]
                 reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise BundleError(f"its manifest is not in the form of schema {SCHEMA} ({reason}); build it again") from error
+        manifest.check_files()
+        return manifest
 
 
 @cache

@@ -83,6 +83,12 @@ def build(
     stripped: Annotated[
         bool, typer.Option("--strip", help="Leave the weights out of the engines until they are loaded; takes a GPU.")
     ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with a checkpoint's configuration and tokenizers. [default: found from the file]")
+    ] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="epsilon, v_prediction or sample, in the place of what the model states. [default: the model's own]")
+    ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare each graph with eager PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,

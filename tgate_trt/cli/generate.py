@@ -40,7 +40,9 @@ def generate(
     images: Annotated[int, typer.Option(help="Pictures for each prompt.", min=1)] = 1,
     backend: Annotated[str | None, typer.Option(help="Engines to use. [default: the first backend that runs here]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: one for each core]", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="A .png file, into which several pictures go as one sheet; or a folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A .png, .jpg or .webp file, into which several pictures go as one sheet; or a folder.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs and tracebacks.")] = False,
 ) -> None:
     """Generate pictures with a bundle, for one gate step or several side by side.
@@ -50,7 +52,7 @@ def generate(
     """
     with reporting(verbose):
         from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
-        from tgate_trt.running.drawing import Drawing, draw_columns, save
+        from tgate_trt.running.drawing import Drawing, check_output, draw_columns, save
 
         drawing = Drawing(
             prompts=tuple(text for text in prompt for _ in range(images)),
@@ -60,6 +62,7 @@ def generate(
             guidance_scale=guidance_scale,
             scheduler=scheduler,
         )
+        check_output(output)
         columns = draw_columns(
             bundle,
             drawing,

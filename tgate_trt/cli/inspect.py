@@ -9,6 +9,8 @@ import typer
 from rich.table import Table
 
 from tgate_trt.cli.common import application, console, reporting
+from tgate_trt.files import read_json
+from tgate_trt.specs import MAXIMUM_ROWS
 
 if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
@@ -52,6 +54,8 @@ def _summary(bundle: Bundle) -> Table:
         "model": f"{manifest.model.name} ({weights}), content {manifest.model.content[:12]}",
         "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(manifest.built_for).items()),
         "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
+        "draws": _draws(bundle),
+        "predicts": _predicts(bundle),
         "defaults": f"{manifest.steps} steps, gate step {manifest.gate_step}, guidance {manifest.guidance_scale}",
         **({"LoRAs": ", ".join(f"{held.name} ({held.scale:g})" for held in manifest.lora)} if manifest.lora else {}),
         **{f"{backend} engines": _engines(engines) for backend, engines in manifest.engines.items()},
@@ -60,6 +64,22 @@ def _summary(bundle: Bundle) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _draws(bundle: Bundle) -> str:
+    """Size of the pictures, length of the prompts and number of images of a run."""
+    manifest = bundle.manifest
+    images = manifest.built_for.batch_size
+    return (
+        f"pictures of {manifest.built_for.width}×{manifest.built_for.height} pixels, prompts of {manifest.model.text_tokens} tokens, "
+        f"{images.minimum} to {images.maximum} images in one run of TensorRT engines, {MAXIMUM_ROWS // 2} at most of the others"
+    )
+
+
+def _predicts(bundle: Bundle) -> str:
+    """What the denoiser predicts, and its scheduler."""
+    scheduler = read_json(bundle.pipeline / "scheduler" / "scheduler_config.json")
+    return f"{scheduler.get('prediction_type', 'epsilon')}, sampled by {scheduler['_class_name']}"
 
 
 def _engines(engines: EngineSet) -> str:

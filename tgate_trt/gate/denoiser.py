@@ -9,11 +9,14 @@ the other modes.
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +25,13 @@ from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
+from tgate_trt.gate.caller import calling_pipeline, is_executing, is_of_this_thread
 from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
+from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.specs import ROWS, TensorSpec
+
+logger = logging.getLogger(__name__)
 
 _PREDICTION = "noise_pred"
 _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
@@ -36,10 +43,36 @@ Observer = Callable[[str], AbstractContextManager[object]]
 """Takes the name of a part, and returns a context in which the part runs."""
 
 
+_READ = frozenset({"add_embedding", "num_parameters", "get_memory_footprint", "save_config"})
+"""Modules and methods of the replaced denoiser that pipelines read and that change nothing."""
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "set_attention_slice",
+        "set_use_memory_efficient_attention_xformers",
+        "enable_xformers_memory_efficient_attention",
+        "disable_xformers_memory_efficient_attention",
+        "set_default_attn_processor",
+        "set_attention_backend",
+        "reset_attention_backend",
+        "fuse_qkv_projections",
+        "unfuse_qkv_projections",
+        "enable_gradient_checkpointing",
+        "disable_gradient_checkpointing",
+        "disable_freeu",
+        "unload_lora",
+        "disable_lora",
+    }
+)
+"""Methods that leave a denoiser's output as it is, or undo what cannot be done here."""
+
+
 @dataclass
 class _Run:
     """The state of one denoising run, dropped when it ends."""
 
+    pipeline: weakref.ref[Any]
+    """Whose run it is."""
     timesteps: Tensor
     """The scheduler's own tensor; another object there means that another run has begun."""
     schedule: GateSchedule
@@ -47,10 +80,14 @@ class _Run:
     guided: bool
     rows: int
     """Rows of each call: two an image under guidance."""
+    frame: FrameType | None
+    """Of the pipeline's method, until the last call."""
     first: int | None
     """Index of the first call's timestep in the scheduler's tensor, or None for a copy."""
     calls: int = 0
     """Calls made so far."""
+    lost_guidance: bool = False
+    """Whether the pipeline dropped guidance within the run."""
     has_cache: bool = False
     """Whether this run has made its hand-off; before that the buffers hold another run's caches."""
 
@@ -59,7 +96,7 @@ class _Run:
         return self.rows // 2 if self.guided else self.rows
 
 
-class GatedDenoiser(nn.Module):
+class GatedDenoiser(StandIn):
     """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
 
     Attributes that a pipeline reads (``config``, ``dtype``, ``add_embedding``) come from the module that this one replaces,
@@ -77,7 +114,9 @@ class GatedDenoiser(nn.Module):
         guidance: bool | None = None,
         after_gate: str = DEFAULT_AFTER_GATE,
         low_memory: bool = False,
+        picture: tuple[int, int] | None = None,
         origin: Any = None,
+        eager: Callable[[], nn.Module] | None = None,
     ) -> None:
         """Make a denoiser for one pipeline.
 
@@ -91,21 +130,24 @@ class GatedDenoiser(nn.Module):
             guidance: whether runs are guided; read from the pipeline if None.
             after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
             low_memory: whether to hold one engine at a time: each is loaded anew in every run.
-            origin: bundle and backend of the engines, where they are of one.
+            picture: height and width in pixels of the pictures that the engines draw, for errors; those of the latents if None.
+            origin: where the engines come from, for whoever loaded them.
+            eager: gives the replaced module with its weights, to save it, if ``replaces`` is an architecture.
 
         Raises:
             InputError: if ``gate_step`` is impossible, or ``after_gate`` is no mode.
         """
-        super().__init__()
-        # Past nn.Module's registry: the pipeline would be a cycle, and the replaced module must not move with `.to()`.
-        object.__setattr__(self, "_pipeline", weakref.ref(pipeline))
-        object.__setattr__(self, "replaces", replaces)
+        super().__init__(replaces, eager)
+        self._pipeline = weakref.ref(pipeline)
         self.planning = planning
         self.fidelity = fidelity
         self.gate_step = gate_step
         self.guidance = guidance
         self.after_gate = after_gate
         self.origin = origin
+        sample = next(tensor for tensor in planning.spec.inputs if tensor.name == "sample")
+        self._latents: tuple[Any, ...] = sample.shape[2:]
+        self._picture = picture or self._latents
         self.observer: Observer | None = None
         """Surrounds every run of an engine and every hand-off while it is set, for example to time them."""
         self._low_memory = low_memory and planning is not fidelity
@@ -113,6 +155,9 @@ class GatedDenoiser(nn.Module):
         self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
         self._cache_inputs = fidelity.spec.cache_inputs
         self._run: _Run | None = None
+        self._displaced: list[FrameType] = []
+        """Pipelines' methods whose runs another run began within."""
+        self._lock = threading.Lock()
         self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._hand_offs: dict[tuple[int, int, AfterGate], HandOff] = {}
 
@@ -120,7 +165,26 @@ class GatedDenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(object.__getattribute__(self, "replaces"), name)
+            pass
+        value = getattr(self._orig_mod, name)
+        is_module = isinstance(value, nn.Module) or name == "attn_processors"
+        if name in _READ or not (callable(value) or is_module):
+            return value
+        if name in _WITHOUT_EFFECT:
+            return lambda *_, **__: logger.warning("%s has no effect on compiled engines", name)
+        return self._refuse_change(name) if is_module else lambda *_, **__: self._refuse_change(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__ and not hasattr(type(self), name) and hasattr(self.__dict__.get("replaces"), name):
+            self._refuse_change(name)
+        super().__setattr__(name, value)
+
+    def _refuse_change(self, name: str) -> NoReturn:
+        of_loras = "lora" in name or "adapter" in name
+        way = "put LoRAs in with tgate_trt.refit(pipeline, ['FILE.safetensors:0.8'])" if of_loras else "run this pipeline without tgate-trt"
+        raise UnsupportedError(
+            f"{name!r} can change a {type(self._orig_mod).__name__}, which does not run here: compiled engines stand in its place; {way}"
+        )
 
     @property
     def gate_step(self) -> GateStep:
@@ -179,12 +243,16 @@ class GatedDenoiser(nn.Module):
         tensors = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
         tensors |= added_cond_kwargs or {}
         self._refuse_unknown(tensors, others)
-        run = self._advance(sample, timestep)
-        tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
-            torch.as_tensor(timestep)
-        )
-        call = run.calls - 1
-        prediction = self._run_planning(run, call, tensors) if run.schedule.is_planning(call) else self._run_fidelity(run, call, tensors)
+        with self._lock, torch.no_grad():
+            run = self._advance(sample, timestep)
+            if run.calls == 1:
+                self._refuse_sizes(run, sample, encoder_hidden_states)
+            tensors = {name: _rows_of(run, name, tensor) for name, tensor in tensors.items()}
+            tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
+                torch.as_tensor(timestep)
+            )
+            call = run.calls - 1
+            prediction = (self._run_planning if run.schedule.is_planning(call) else self._run_fidelity)(run, call, tensors)
         if not return_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -212,18 +280,39 @@ class GatedDenoiser(nn.Module):
         if not isinstance(text, Tensor):
             raise UnsupportedError(f"encoder_hidden_states must be one tensor, got {type(text).__name__}; IP-Adapter is not supported")
 
+    def _refuse_sizes(self, run: _Run, sample: Tensor, text: Any) -> None:
+        """Refuse a run of pictures, prompts or batches of other sizes than the engines', before its first step.
+
+        Raises:
+            GateError: with the sizes of the bundle and of the call.
+        """
+        if tuple(sample.shape[2:]) != self._latents:
+            pixels = self._picture[0] // self._latents[0]
+            height, width = (side * pixels for side in sample.shape[2:])
+            raise GateError(
+                f"this bundle draws pictures of {self._picture[1]}×{self._picture[0]} pixels, and the call asks for {width}×{height}; "
+                f"pass height={self._picture[0]} and width={self._picture[1]}, or build a bundle of that size"
+            )
+        tokens = next((tensor.shape[1] for tensor in self.planning.spec.inputs if tensor.name == "encoder_hidden_states"), text.shape[1])
+        if text.shape[1] != tokens:
+            raise GateError(f"this bundle takes prompts of {tokens} tokens, and the call gives {text.shape[1]}; shorten the prompt")
+        planning, fidelity = (engine.spec.dimensions[ROWS] for engine in (self.planning, self.fidelity))
+        most = min(planning.maximum // (2 if run.guided else 1), fidelity.maximum)
+        if not fidelity.minimum <= run.images <= most:
+            raise GateError(
+                f"this bundle draws {fidelity.minimum} to {most} images in one run, and the call asks for {run.images}; "
+                "draw them in several runs, or build a bundle with another --batch-size"
+            )
+
     def _advance(self, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         """Count this call, and return the run that it belongs to."""
-        pipeline = self._pipeline()
-        if pipeline is None:
-            raise GateError("the pipeline of this denoiser no longer exists; apply the bundle to the pipeline that you use")
+        pipeline, frame = self._caller(timestep)
         timesteps = pipeline.scheduler.timesteps
         place = _place(timesteps, timestep)
-        if self._run is None or self._run.timesteps is not timesteps:
-            if self._run is not None and _place(self._run.timesteps, timestep) is not None:
-                raise GateError("scheduler.set_timesteps was called within a run; run one after the other")
-            self._run = self._begin(pipeline, sample, timestep)
         run = self._run
+        if run is None or run.pipeline() is not pipeline or run.timesteps is not timesteps:
+            self._refuse_a_run_within_a_run(frame, timestep)
+            run = self._run = self._begin(pipeline, frame, sample, timestep)
         if run.calls == run.schedule.calls:
             raise GateError(
                 f"the denoiser was called more than the run's {run.schedule.calls} times; a run starts with scheduler.set_timesteps"
@@ -232,12 +321,51 @@ class GatedDenoiser(nn.Module):
             raise GateError(
                 "the timesteps of a run came out of order: another run began before this one had ended; run one after the other"
             )
+        if run.guided and sample.shape[0] == run.images and not self._is_guided(pipeline, sample):
+            run.rows, run.guided, run.lost_guidance = run.images, False, True
         if sample.shape[0] != run.rows:
             raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
         run.calls += 1
+        if run.calls == run.schedule.calls:
+            run.frame = None  # it holds all that the pipeline's method has in memory
         return run
 
-    def _begin(self, pipeline: Any, sample: Tensor, timestep: Tensor | float | int) -> _Run:
+    def _caller(self, timestep: Tensor | float | int) -> tuple[Any, FrameType | None]:
+        """The pipeline that calls and its method's frame; outside a pipeline, the one that this denoiser was made for and None.
+
+        Raises:
+            GateError: if the call comes from no pipeline, and its timestep is not of that one's scheduler.
+        """
+        found = calling_pipeline(self)
+        if found is not None:
+            return found
+        pipeline = self._pipeline()
+        if pipeline is None or _place(pipeline.scheduler.timesteps, timestep) is None:
+            raise GateError(
+                "this call comes from no pipeline that has this denoiser, and its timestep is not of the scheduler of the pipeline "
+                "that the bundle was loaded for; call that pipeline, or take the timesteps from its scheduler"
+            )
+        return pipeline, None
+
+    def _refuse_a_run_within_a_run(self, frame: FrameType | None, timestep: Tensor | float | int) -> None:
+        """Refuse the first call of a run, or a call that goes on with a run whose caches another run took.
+
+        Raises:
+            GateError: if another thread is in the middle of a run, or this run was begun before the present one.
+        """
+        run = self._run
+        if any(frame is displaced for displaced in self._displaced) or (run is not None and _place(run.timesteps, timestep) is not None):
+            raise GateError("another run with this denoiser began within this one; run one after the other")
+        if run is None or run.frame is None or not is_executing(run.frame):
+            return
+        if not is_of_this_thread(run.frame):
+            raise GateError(
+                "another thread is in the middle of a run with this denoiser; run one after the other, or give each pipeline "
+                "a denoiser of its own by tgate_trt.load or tgate_trt.apply"
+            )
+        self._displaced = [*filter(is_executing, self._displaced), run.frame]
+
+    def _begin(self, pipeline: Any, frame: FrameType | None, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
         if guided and not has_equal_halves(sample):
@@ -251,7 +379,7 @@ class GatedDenoiser(nn.Module):
             del self._hand_offs[sizes]
         timesteps = pipeline.scheduler.timesteps
         schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
-        return _Run(timesteps, schedule, after_gate, guided, rows, _place(timesteps, timestep))
+        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, _place(timesteps, timestep))
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
         """Whether the batch is ``[negative, positive]``: by ``guidance``, else by the pipeline, else by equal halves at the first call."""
@@ -326,10 +454,11 @@ class GatedDenoiser(nn.Module):
         """Buffers at addresses that stay from call to call and from run to run, so that engines bind them once."""
         key = (purpose, rows)
         if key not in self._memory:
-            self._memory[key] = {
-                tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
-                for tensor in tensors
-            }
+            with torch.inference_mode(False):  # a later run outside inference mode may write to them too
+                self._memory[key] = {
+                    tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
+                    for tensor in tensors
+                }
         return self._memory[key]
 
 
@@ -384,6 +513,19 @@ def has_equal_halves(sample: Tensor) -> bool:
     """Whether the first half of the rows equals the second, as in a batch doubled for guidance."""
     rows = sample.shape[0]
     return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+
+
+def _rows_of(run: _Run, name: str, tensor: Any) -> Any:
+    """A condition with the run's rows: of one that still has both halves after guidance ended, the positive half.
+
+    Raises:
+        GateError: if it has another number of rows.
+    """
+    if not isinstance(tensor, Tensor) or tensor.shape[0] == run.rows:
+        return tensor
+    if run.lost_guidance and tensor.shape[0] == 2 * run.rows:
+        return tensor.chunk(2)[1]
+    raise GateError(f"{name!r} has {tensor.shape[0]} rows in a batch of {run.rows}; give one row for each row of the latents")
 
 
 def _own_inputs(engine: Engine) -> tuple[tuple[str, torch.dtype], ...]:

@@ -8,32 +8,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from tgate_trt.errors import InputError
 
 _STAMP = ("size", "mtime_ns", "inode")
 
 
-def fingerprint_of(files: Mapping[str, Path], *, seed: int | None, revision: str | None, known: Mapping[str, Any] | None) -> dict[str, Any]:
+class Fingerprint(TypedDict):
+    """Identity of a model's files."""
+
+    content: str
+    files: dict[str, dict[str, int | str]]
+    seed: int | None
+    revision: str | None
+
+
+def fingerprint_of(
+    files: Mapping[str, Path], *, seed: int | None, settings: Mapping[str, Any], revision: str | None, known: Fingerprint | None
+) -> Fingerprint:
     """Identify files by content.
 
     Args:
         files: by the name under which each counts.
         seed: of random weights, or None.
+        settings: of the scheduler, beside those in the files.
         revision: commit of a model from the hub, or None; it is recorded but does not enter the hash.
         known: an earlier fingerprint; a file whose stamp equals the one in it is not read.
 
     Raises:
         InputError: if a file cannot be read.
     """
-    before = (known or {}).get("files", {})
+    before = known["files"] if known else {}
     entries = {name: _entry(path, before.get(name)) for name, path in sorted(files.items())}
     counted: dict[str, Any] = {"files": {name: entry["sha256"] for name, entry in entries.items()}, "seed": seed}
+    if settings:
+        counted["scheduler"] = dict(settings)
     if seed is not None:
         from tgate_trt.models.random_weights import GENERATION
 
         counted["generation"] = GENERATION
     content = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
-    return {"content": content, "files": entries, "seed": seed, "revision": revision}
+    return Fingerprint(content=content, files=entries, seed=seed, revision=revision)
 
 
 def _entry(path: Path, before: Mapping[str, Any] | None) -> dict[str, Any]:

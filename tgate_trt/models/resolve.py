@@ -25,6 +25,9 @@ from tgate_trt.models.lora import LoraFile
 from tgate_trt.models.single_file import check_denoiser, configuration_of
 from tgate_trt.models.source import LEFT_OUT, Checkpoint, ModelReference, ModelSource, Random, Stored, normalised, read_index
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""What a denoiser may predict, by diffusers' names."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLED = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
@@ -42,6 +45,7 @@ def resolve(
     random_weights: bool = False,
     seed: int = 0,
     config: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
     lora: Sequence[LoraFile] = (),
 ) -> ModelSource:
     """Find a model by name, path, hub id, or from a pipeline.
@@ -52,13 +56,23 @@ def resolve(
         random_weights: whether to fill the architecture with seeded random weights; for a name or a folder.
         seed: of the random weights.
         config: diffusers folder with a checkpoint's configuration and tokenizers; found out from the checkpoint if None.
+        prediction_type: of `PREDICTION_TYPES`, in the place of what the model states or leaves open.
         lora: files to fuse into its weights wherever they are read.
 
     Raises:
         InputError: if there is no such model, or it cannot be read.
         UnsupportedError: if its denoiser is of a kind that this version does not build.
     """
-    source = _resolved(model, random_weights=random_weights, seed=seed, config=config)
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise InputError(f"a prediction type is one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+    if config is not None and not Path(config).is_dir():
+        raise InputError(f"there is no folder {config}; --config takes a diffusers folder with a checkpoint's configuration and tokenizers")
+    source = _resolved(model, random_weights=random_weights, seed=seed, config=config, prediction_type=prediction_type)
+    if prediction_type is not None:
+        source = dataclasses.replace(source, scheduler={**source.scheduler, "prediction_type": prediction_type})
+    config = None if config is None else str(Path(config).resolve())
+    reference = dataclasses.replace(source.reference, prediction_type=prediction_type, config=config)
+    source = dataclasses.replace(source, reference=reference)
     if not lora:
         return source
     name = "+".join([source.name, *(one.path.stem for one in lora)])
@@ -74,11 +88,23 @@ def resolve_again(reference: ModelReference) -> ModelSource:
         InputError: if it is not there any more.
     """
     seed = reference.random_seed
-    return resolve(reference.model, random_weights=seed is not None, seed=seed or 0, lora=reference.lora)
+    return resolve(
+        reference.model,
+        random_weights=seed is not None,
+        seed=seed or 0,
+        config=reference.config,
+        prediction_type=reference.prediction_type,
+        lora=reference.lora,
+    )
 
 
 def _resolved(
-    model: str | os.PathLike[str] | Any, *, random_weights: bool, seed: int, config: str | os.PathLike[str] | None
+    model: str | os.PathLike[str] | Any,
+    *,
+    random_weights: bool,
+    seed: int,
+    config: str | os.PathLike[str] | None,
+    prediction_type: str | None,
 ) -> ModelSource:
     """The source without LoRAs."""
     if not isinstance(model, str | os.PathLike):
@@ -93,7 +119,7 @@ def _resolved(
     if random_weights:
         raise InputError(f"random weights fill a named model ({', '.join(ARCHITECTURES)}) or a diffusers folder, got {text!r}")
     if path.is_file() or path.suffix == ".safetensors":
-        return source_of_checkpoint(_checkpoint(path), None if config is None else Path(config))
+        return source_of_checkpoint(_checkpoint(path), None if config is None else Path(config).resolve(), prediction_type)
     if path.suffix in _PICKLED:
         raise InputError(f"there is no file {text}")
     if _HUB_ID.fullmatch(text) and not text.startswith("."):
@@ -130,6 +156,12 @@ def _saved(pipeline: Any) -> Path:
     """Save a pipeline to a folder that lasts as long as this process."""
     if not hasattr(pipeline, "save_pretrained") or not hasattr(pipeline, "components"):
         raise InputError(f"a model is a name, a path, a hub id or a diffusers pipeline, got {type(pipeline).__name__}")
+    for name, part in pipeline.components.items():
+        if getattr(part, "peft_config", None):
+            raise InputError(
+                f"the pipeline's {name} has LoRAs loaded; unload them by pipeline.unload_lora_weights(), and give their files to the "
+                "build: lora=['FILE.safetensors:0.8'], or --lora"
+            )
     folder = Path(tempfile.mkdtemp(prefix="tgate-trt-")) / type(pipeline).__name__
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -204,9 +236,9 @@ def source_of_folder(
     return source
 
 
-def source_of_checkpoint(path: Path, config: Path | None) -> ModelSource:
+def source_of_checkpoint(path: Path, config: Path | None = None, prediction_type: str | None = None) -> ModelSource:
     """The source of a single ``.safetensors`` file; see `tgate_trt.models.single_file`."""
-    folder, known = configuration_of(path, config)
+    folder, known = configuration_of(path, config, prediction_type)
     source = source_of_folder(folder, name=path.stem, model=str(path), checkpoint=path, **known)
     check_denoiser(path, source.denoiser_config(), source.tensor_shapes())
     return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 from tgate_trt.eager import torch_dtype
@@ -10,7 +11,7 @@ from tgate_trt.errors import InputError
 from tgate_trt.files import read_json, write_component, write_json
 from tgate_trt.models import stand_in_tokenizer
 from tgate_trt.models.signature import precision_of_component
-from tgate_trt.models.source import INDEX, ModelSource
+from tgate_trt.models.source import INDEX, SCHEDULER, ModelSource
 
 RANDOM_NOTICE = "RANDOM_WEIGHTS.txt"
 """File that marks a pipeline folder whose weights and tokenizers are stand-ins."""
@@ -30,7 +31,8 @@ def save_rest(source: ModelSource, folder: Path, precision: str) -> None:
         InputError: if a component lacks files, or they cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / INDEX, source.index())
+    # diffusers reads the version of an inpainting pipeline without asking whether there is one.
+    write_json(folder / INDEX, {"_diffusers_version": metadata.version("diffusers"), **source.index()})
     (folder / source.denoiser_attribute).mkdir(exist_ok=True)
     write_json(folder / source.denoiser_attribute / "config.json", source.denoiser_config())
     for name, tensors in source.other_tensors():
@@ -42,6 +44,8 @@ def save_rest(source: ModelSource, folder: Path, precision: str) -> None:
     for name, kind in source.components().items():
         if name not in models:
             _save_small(source, name, kind, folder / name)
+    if source.scheduler:
+        write_json(folder / "scheduler" / SCHEDULER, source.scheduler_config())
     seed = source.reference.random_seed
     if seed is not None:
         notice = f"The weights here are random (seed {seed}) and tokenizers may be stand-ins: pictures have no meaning.\n"

@@ -6,6 +6,7 @@ values, it gives the name in the checkpoint of each tensor, and tensors can then
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+logger = logging.getLogger(__name__)
+
 _PARTS = {
     "denoiser": ("model.diffusion_model.",),
     "VAE": ("first_stage_model.",),
@@ -29,16 +32,23 @@ _PARTS = {
 _ARCHITECTURES = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}
 """Named architecture by diffusers' name for the kind of checkpoint.
 
-A v2 checkpoint has no mark of whether it predicts noise (512-base) or velocity (768); like diffusers we assume velocity.
+A v2 checkpoint may lack any mark of whether it predicts noise (512-base) or velocity (768); see `scheduler_settings_of`.
 """
 
+_EPSILON, _VELOCITY = "epsilon", "v_prediction"
+_NOISE_SIZE = 512
+"""Pixels of a side of the pictures of v2 checkpoints that predict noise."""
+_STEP_OF_V2_BASE = 875_000
+"""Training step of Stable Diffusion 2's 512-base, by which diffusers tells it (`single_file_utils`)."""
 
-def configuration_of(path: Path, config: Path | None) -> tuple[Path, dict[str, Any]]:
+
+def configuration_of(path: Path, config: Path | None, prediction_type: str | None) -> tuple[Path, dict[str, Any]]:
     """Find the diffusers configuration of a checkpoint.
 
     Args:
         path: the checkpoint.
         config: folder that has it, with tokenizers, or None to find out.
+        prediction_type: of the model, or None to find out.
 
     Returns:
         The folder, and further facts of the model, as keywords of `tgate_trt.models.resolve.source_of_folder`.
@@ -54,8 +64,52 @@ def configuration_of(path: Path, config: Path | None) -> tuple[Path, dict[str, A
     if config is not None:
         return config, {}
     row = ARCHITECTURES[architecture_of(path, shapes)]
-    known = {"gate_step": row.gate_step, "steps": row.steps, "guidance_scale": row.guidance_scale, "height": row.height, "width": row.width}
+    settings = scheduler_settings_of(path, row.name, prediction_type)
+    known: dict[str, Any] = {
+        "gate_step": row.gate_step,
+        "steps": row.steps,
+        "guidance_scale": row.guidance_scale,
+        "height": row.height,
+        "width": row.width,
+    }
+    if row.name == "sd21" and settings["prediction_type"] == _EPSILON:
+        known |= {"height": _NOISE_SIZE, "width": _NOISE_SIZE}
+    known["scheduler"] = settings
     return row.folder, known | {"elsewhere": tokenizers_of(row.name, str(row.hub_id))}
+
+
+def scheduler_settings_of(path: Path, name: str, prediction_type: str | None) -> dict[str, Any]:
+    """The scheduler's settings that depend on how a checkpoint was trained, beside those of its architecture.
+
+    In this order: what the caller gives; the marker keys ``v_pred`` and ``ztsnr``; the file's metadata (``modelspec``); the training
+    step that v2 checkpoints may hold. A v2 checkpoint without any mark is taken to predict velocity, as diffusers does, and a
+    warning says so.
+
+    Args:
+        path: the checkpoint.
+        name: of its architecture.
+        prediction_type: given by the caller, or None.
+    """
+    with opened_file(path) as file:
+        names, metadata = set(file.keys()), file.metadata() or {}
+        step = int(file.get_tensor("global_step")) if "global_step" in names else None
+    settings: dict[str, Any] = {}
+    if "ztsnr" in names:
+        settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    stated = metadata.get("modelspec.prediction_type", metadata.get("modelspec.architecture", ""))
+    if prediction_type is not None:
+        return settings | {"prediction_type": prediction_type}
+    if "v_pred" in names or stated.rpartition("-")[2] in ("v", _VELOCITY):
+        return settings | {"prediction_type": _VELOCITY}
+    if name != "sd21" or stated == _EPSILON or stated.endswith("-512") or step == _STEP_OF_V2_BASE:
+        return settings | {"prediction_type": _EPSILON}
+    if step is None and not stated:
+        logger.warning(
+            "%s has no mark of what it predicts; assuming velocity at 768 pixels, as diffusers does; "
+            "overrule it with --prediction-type epsilon if pictures are noise",
+            path.name,
+        )
+    return settings | {"prediction_type": _VELOCITY}
 
 
 def architecture_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tgate_trt.errors import InputError
 from tgate_trt.files import read_json, read_named, read_tensors, weight_files
-from tgate_trt.models.fingerprints import fingerprint_of
+from tgate_trt.models.fingerprints import Fingerprint, fingerprint_of
 from tgate_trt.models.lora import Lora, LoraFile, fuse
 from tgate_trt.models.signature import signature
 from tgate_trt.models.single_file import original_components, read_denoiser
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
 
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that text to image does without."""
@@ -47,6 +48,10 @@ class ModelReference:
     """Seed of random weights, or None for the model's own."""
     lora: tuple[LoraFile, ...] = ()
     """Fused into its weights wherever they are read."""
+    prediction_type: str | None = None
+    """Given by the caller, or None for the model's own."""
+    config: str | None = None
+    """Folder of a checkpoint's configuration, given by the caller."""
 
 
 class Weights(Protocol):
@@ -147,6 +152,8 @@ class ModelSource:
     """Tokens of an encoded prompt."""
     elsewhere: Mapping[str, Path] = field(default_factory=dict)
     """Folders of components that are not in ``folder``."""
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of its scheduler that differ from those of the folder."""
     revision: str | None = None
     """Commit of a model from the hub."""
 
@@ -159,7 +166,7 @@ class ModelSource:
         index = read_index(self.folder)
         index[self.denoiser_attribute] = ["diffusers", self.denoiser_config()["_class_name"]]
         if "scheduler" in self.elsewhere:
-            index["scheduler"] = ["diffusers", read_json(self.component("scheduler") / "scheduler_config.json")["_class_name"]]
+            index["scheduler"] = ["diffusers", read_json(self.component("scheduler") / SCHEDULER)["_class_name"]]
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
         return index | {name: [None, None] for name in LEFT_OUT if name in index}
@@ -187,7 +194,7 @@ class ModelSource:
             dtype=DTYPES[precision],
         )
 
-    def fingerprint(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def fingerprint(self, known: Fingerprint | None = None) -> Fingerprint:
         """Identify the content that a bundle is built from.
 
         Args:
@@ -197,7 +204,7 @@ class ModelSource:
             JSON data: ``content``, a hash of everything that matters and of no place or time; ``files``, with ``size``,
             ``mtime_ns``, ``inode`` and ``sha256`` by path; ``seed``, ``revision``.
         """
-        return fingerprint_of(self.files(), seed=self.reference.random_seed, revision=self.revision, known=known)
+        return fingerprint_of(self.files(), seed=self.reference.random_seed, settings=self.scheduler, revision=self.revision, known=known)
 
     def files(self) -> dict[str, Path]:
         """Every file that decides what a bundle holds, by its path in a diffusers folder.
@@ -213,6 +220,10 @@ class ModelSource:
             else:
                 files |= {f"{name}/{path.name}": path for path in sorted(folder.glob("*")) if path.is_file()}
         return files | {f"lora/{index}:{one.scale}": one.path for index, one in enumerate(self.reference.lora)}
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration."""
+        return read_json(self.component("scheduler") / SCHEDULER) | dict(self.scheduler)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the denoiser's state dict, in its order; no weights are read."""

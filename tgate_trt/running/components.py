@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tgate_trt.bundle.components import TEXT_ENCODERS, VAE_DECODER, Component, components_of
-from tgate_trt.eager import torch_dtype
+from tgate_trt.eager import is_architecture, torch_dtype
 from tgate_trt.engines.base import Engine
-from tgate_trt.errors import UnsupportedError
+from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED
+from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import parameter_names
 from tgate_trt.specs import ROWS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
 
 
-class Compiled(nn.Module):
+class Compiled(StandIn):
     """Replaces a component and runs an engine.
 
     Other attributes come from its architecture, or from the eager component, which is loaded at the first access. Callers
@@ -29,8 +30,8 @@ class Compiled(nn.Module):
     """
 
     def __init__(self, engine: Engine, architecture: nn.Module, eager: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        # Past nn.Module's registry: neither may move with the pipeline's `.to()`; one has no weights to move.
+        super().__init__(architecture, self.eager if is_architecture(architecture) else None)
+        # Past nn.Module's registry too.
         object.__setattr__(self, "architecture", architecture)
         object.__setattr__(self, "_load_eager", eager)
         object.__setattr__(self, "_eager", None)
@@ -81,7 +82,12 @@ class Compiled(nn.Module):
         """Run the engine on its one input, and return copies of its outputs in the component's dtype."""
         (takes,) = self.engine.spec.inputs
         value = tensor.to(self.engine.device, torch_dtype(takes.dtype)).contiguous()
-        rows = value.shape[0]
+        rows, images = value.shape[0], self.engine.spec.dimensions[ROWS]
+        if rows not in images:
+            raise GateError(
+                f"this bundle's {self.engine.spec.name} takes {images.minimum} to {images.maximum} prompts or pictures at a time, "
+                f"got {rows}; draw in several runs, or build a bundle with another --batch-size"
+            )
         if rows not in self._memory:
             self._memory = {
                 rows: {

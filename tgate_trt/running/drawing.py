@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tgate_trt.bundle.bundle import Bundle
@@ -41,6 +44,11 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 _CELL = 192
 """Smallest side of a picture on a sheet, in pixels."""
 _MARGIN, _LABEL = 12, 22
+_LARGEST_SEED = 2**63 - 1
+
+FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Pillow's name of each kind of file that pictures are written to."""
+_EXIF_USER_COMMENT, _EXIF_IFD = 0x9286, 0x8769
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Drawing:
     None stands for the model's own value.
 
     Raises:
-        InputError: if ``steps`` is below 1.
+        InputError: if ``steps`` is below 1, or a seed is none of PyTorch's.
     """
 
     prompts: tuple[str, ...] = ()
@@ -71,6 +79,8 @@ class Drawing:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}; choose another number of steps")
+        if not 0 <= self.seed <= _LARGEST_SEED - len(self.prompts):
+            raise InputError(f"a seed is a number from 0 to {_LARGEST_SEED - len(self.prompts)}, got {self.seed}; choose another seed")
 
     def of(self, bundle: Bundle) -> Drawing:
         """The same pictures in the size of a bundle, with its model's number of steps and guidance scale where they are None."""
@@ -166,6 +176,8 @@ class Column:
     """One for each prompt of the drawing."""
     seconds: float
     """Time of all pictures, after one warm-up and without loading."""
+    gate_step: GateStep
+    after_gate: str
 
 
 def draw_columns(
@@ -202,12 +214,28 @@ def draw_columns(
     for mode in after_gate:
         after_gate_of(mode)
     pipeline = prepare(load(opened, backend=backend, threads=threads), drawing.scheduler)
+    _refuse_what_cannot_draw(pipeline, drawing.steps)
     denoiser = getattr(pipeline, opened.manifest.model.attribute)
     return [
         _column(pipeline, denoiser, list(drawing.batches(batch_size)), gate_step, mode)
         for gate_step in gates
         for mode in (after_gate if gate_step != NONE else after_gate[:1])
     ]
+
+
+def _refuse_what_cannot_draw(pipeline: Any, steps: int) -> None:
+    """Refuse a pipeline that needs more than a prompt, or has fewer steps than are asked for.
+
+    Raises:
+        InputError: with what it needs.
+    """
+    if "image" in signature(pipeline.__call__).parameters:
+        raise InputError(
+            f"this bundle's {type(pipeline).__name__} draws from pictures, and tgate-generate draws from prompts alone; use tgate_trt.load"
+        )
+    most = pipeline.scheduler.config.get("num_train_timesteps", steps)
+    if steps > most:
+        raise InputError(f"{type(pipeline.scheduler).__name__} has {most} steps at most, got {steps}; choose fewer steps")
 
 
 def _column(pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str) -> Column:
@@ -218,7 +246,7 @@ def _column(pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], 
     denoiser.gate_step = gate_step
     start = time.perf_counter()
     pictures = tuple(picture for batch in batches for picture in draw(pipeline, batch))
-    return Column(label_of(gate_step, after_gate), pictures, time.perf_counter() - start)
+    return Column(label_of(gate_step, after_gate), pictures, time.perf_counter() - start, gate_step, after_gate)
 
 
 def label_of(gate_step: GateStep, after_gate: str) -> str:
@@ -228,13 +256,34 @@ def label_of(gate_step: GateStep, after_gate: str) -> str:
     return f"gate step {gate_step}" + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")
 
 
+def check_output(output: Path | None) -> None:
+    """Check before drawing that pictures can be written to a file or folder; see `save`.
+
+    Raises:
+        InputError: if they cannot.
+    """
+    if output is None:
+        return
+    if output.suffix and output.suffix.lower() not in FORMATS and not output.is_dir():
+        raise InputError(f"--output takes a {', '.join(FORMATS)} file or a folder, got {output}; choose another --output")
+    folder = output if output.suffix.lower() not in FORMATS else output.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output") from error
+    if output.is_dir() and output.suffix.lower() in FORMATS:
+        raise InputError(f"{output} is a folder, and its name is that of a file; choose another --output")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}: Permission denied; choose another --output")
+
+
 def save(columns: Sequence[Column], drawing: Drawing, output: Path | None) -> list[Path]:
-    """Write the pictures: one picture or one sheet into a ``.png`` file, or each picture into a folder.
+    """Write the pictures: one picture or one sheet into a file, or each picture into a folder, with the settings in their metadata.
 
     Args:
         columns: the result of `draw_columns`.
         drawing: the drawing that `draw_columns` took.
-        output: a ``.png`` file or a folder; ``pictures/<prompt>.png`` if None.
+        output: a file of `FORMATS`, or a folder; ``pictures/<prompt>.png`` if None.
 
     Returns:
         The files.
@@ -243,23 +292,28 @@ def save(columns: Sequence[Column], drawing: Drawing, output: Path | None) -> li
         InputError: if a file cannot be written.
     """
     output = output or Path("pictures") / f"{_slug(drawing.prompts[0])}.png"
+    check_output(output)
     try:
-        if output.suffix.lower() == ".png":
-            output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix.lower() in FORMATS:
             single = columns[0].pictures[0] if len(columns) == 1 and len(columns[0].pictures) == 1 else None
-            _save(single or sheet(columns, drawing.prompts), output)
+            _save(single or sheet(columns, drawing.prompts), output, _settings(drawing, columns, range(len(drawing.prompts))))
             return [output]
-        if output.suffix and not output.is_dir():
-            raise InputError(f"--output takes a .png file or a folder, got {output}; choose another --output")
-        output.mkdir(parents=True, exist_ok=True)
         paths = []
         for column in columns:
             for index, picture in enumerate(column.pictures):
                 paths.append(output / f"{index:03d}-{_slug(column.label)}.png")
-                _save(picture, paths[-1])
+                _save(picture, paths[-1], _settings(drawing, [column], [index]))
         return paths
     except OSError as error:
         raise InputError(f"cannot write to {output}: {error.strerror or error}; choose another --output") from error
+
+
+def _settings(drawing: Drawing, columns: Sequence[Column], indices: Sequence[int]) -> str:
+    """What a file shows, as JSON: the settings of the drawing, and prompts, seeds and gates of its pictures."""
+    common = {name: value for name, value in vars(drawing).items() if name not in ("prompts", "seed") and value is not None}
+    pictures = [{"prompt": drawing.prompts[index], "seed": drawing.seed + index} for index in indices]
+    gates = [{"gate_step": column.gate_step, "after_gate": column.after_gate} for column in columns]
+    return json.dumps({"software": f"tgate-trt {metadata.version('tgate-trt')}", **common, "pictures": pictures, "gates": gates})
 
 
 def sheet(columns: Sequence[Column], captions: Sequence[str]) -> Image.Image:
@@ -282,10 +336,14 @@ def sheet(columns: Sequence[Column], captions: Sequence[str]) -> Image.Image:
     return page
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all."""
+def _save(picture: Image.Image, path: Path, settings: str) -> None:
+    """Write a picture, whole or not at all: PNG has its settings in the text ``parameters``, the others in EXIF's user comment."""
+    text, exif = PngInfo(), picture.getexif()
+    text.add_text("parameters", settings)
+    exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
+    kind = FORMATS[path.suffix.lower()]
     with replacing(path) as partial:
-        picture.save(partial, format="PNG")
+        picture.save(partial, format=kind, quality=95, **({"pnginfo": text} if kind == "PNG" else {"exif": exif}))
 
 
 def _slug(text: str) -> str:

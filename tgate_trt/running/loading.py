@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import component_of, weight_files
+from tgate_trt.bundle.folder import beside
 from tgate_trt.bundle.loras import BundleLoras
-from tgate_trt.bundle.manifest import BESIDE
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
-from tgate_trt.errors import UnsupportedError
+from tgate_trt.errors import StaleBundleError, UnsupportedError
+from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
@@ -75,8 +77,6 @@ class EngineLoader:
 
     def _load_module(self, weights: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
         """The denoiser in PyTorch; all graphs share its weights."""
-        from safetensors.torch import load_file
-
         from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
 
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -121,12 +121,27 @@ def runtime_options(bundle: Bundle, cuda_graphs: bool = True, specialisation: st
     """
     from tgate_trt.engines.tensorrt import RuntimeOptions
 
-    return RuntimeOptions(cuda_graphs, specialisation, bundle.folder.absolute().parent / BESIDE / "compiled")
+    return RuntimeOptions(cuda_graphs, specialisation, beside(bundle.folder) / "compiled")
 
 
 def load_engine(bundle: Bundle, graph: str, *, backend: str, device: torch.device | None = None, threads: int | None = None) -> Engine:
     """Load one engine of a bundle; see `EngineLoader.load`."""
     return EngineLoader(bundle, backend, device or best_device(backend), threads).load(graph)
+
+
+def eager_denoiser(loras: BundleLoras, dtype: torch.dtype) -> nn.Module:
+    """The denoiser in eager PyTorch on the CPU, with a bundle's weights and LoRAs fused into them.
+
+    Raises:
+        StaleBundleError: if the bundle's weights were discarded.
+    """
+    bundle = loras.bundle
+    if WEIGHTS_FILE not in bundle.manifest.files:
+        raise StaleBundleError(f"{bundle.folder} holds no weights of the denoiser; build it again without --discard-graphs")
+    denoiser = bundle.denoiser_on_meta(dtype)
+    weights = {**load_file(bundle.folder / WEIGHTS_FILE), **loras.weights(bundle.manifest.model.attribute)}
+    denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    return denoiser.requires_grad_(False)
 
 
 def best_device(backend: str) -> torch.device:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import inspect
+import logging
 import os
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,16 +19,19 @@ from tgate_trt.bundle.backends import choose_backend, has_engine
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
-from tgate_trt.eager import torch_dtype
-from tgate_trt.errors import InputError
+from tgate_trt.eager import is_architecture, torch_dtype
+from tgate_trt.errors import GateError, InputError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import opened_file
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
-from tgate_trt.gate.denoiser import GatedDenoiser
-from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, GateStep
+from tgate_trt.gate.denoiser import GatedDenoiser, schedule_of
+from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, NONE, GateStep
+from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import LoraFile, parameter_names
 from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
-from tgate_trt.running.loading import EngineLoader, best_device
+from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
+
+logger = logging.getLogger(__name__)
 
 
 class LoadOptions(TypedDict, total=False):
@@ -54,6 +63,16 @@ class LoadOptions(TypedDict, total=False):
     """Whether PyTorch's engines run `torch.compile`'s code; it takes minutes at the first call."""
 
 
+@dataclasses.dataclass
+class Origin:
+    """Where the engines of a pipeline's denoiser come from."""
+
+    bundle: Bundle
+    backend: str
+    loras: BundleLoras
+    """That their weights have now."""
+
+
 def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]) -> Any:
     """Load a bundle as a diffusers pipeline whose denoiser switches engines at the gate.
 
@@ -74,6 +93,8 @@ def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]
     pipeline = pipeline_of(opened, loader, components=options.get("components", True))
     _put(pipeline, loader, getattr(pipeline, opened.manifest.model.attribute), options)
     _refit_components(pipeline, loader.loras, with_engines=False)
+    _draw_by_default(pipeline, opened.manifest.built_for.height, opened.manifest.built_for.width)
+    _warn_of_a_scheduler_that_cannot_be_followed(pipeline, opened.manifest.steps)
     return pipeline.to(_gated(pipeline).device)
 
 
@@ -115,7 +136,7 @@ def remove(pipeline: Any) -> Any:
         InputError: if the pipeline has none of our denoisers, or `load` made it, so that there is none to put back.
     """
     gated = _gated(pipeline)
-    if any(parameter.is_meta for parameter in gated.replaces.parameters()):
+    if is_architecture(gated.replaces):
         raise InputError("this pipeline was loaded from a bundle, so it has no denoiser to go back to; load the model with diffusers")
     if gated.serves(pipeline):
         gated.close()
@@ -144,12 +165,13 @@ def refit(target: str | os.PathLike[str] | Bundle | Any, lora: Sequence[str | Lo
     if isinstance(target, str | os.PathLike | Bundle):
         return refit_bundle(target if isinstance(target, Bundle) else Bundle.open(target), files)
     gated = _gated(target)
-    bundle, backend = gated.origin
-    loras = BundleLoras.read(bundle, files)
-    loras.refuse_what_cannot_be_refitted(backend)
-    weights = loras.weights(bundle.manifest.model.attribute)
+    origin: Origin = gated.origin
+    loras = BundleLoras.read(origin.bundle, files)
+    loras.refuse_what_cannot_be_refitted(origin.backend)
+    weights = loras.weights(origin.bundle.manifest.model.attribute)
     for engine in (gated.planning, gated.fidelity):
         engine.replace_weights(weights)
+    origin.loras = loras
     _refit_components(target, loras, with_engines=True)
     return target
 
@@ -197,6 +219,40 @@ def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool) -> An
     return pipeline
 
 
+def _warn_of_a_scheduler_that_cannot_be_followed(pipeline: Any, steps: int) -> None:
+    """Try the gate's arithmetic on a copy of the scheduler; the user may still set another one, so this is no error yet."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(steps)
+    try:
+        schedule_of(SimpleNamespace(scheduler=scheduler), scheduler.timesteps[0], NONE)
+    except GateError as error:
+        logger.warning("runs with this bundle's own scheduler will be refused: %s", error)
+
+
+def _draw_by_default(pipeline: Any, height: int, width: int) -> None:
+    """Let a pipeline draw pictures of this size in pixels where a call names none.
+
+    diffusers takes the default from the denoiser's configuration, where most pipelines read one side for both. So the pipeline
+    becomes of a class that differs from its own in this alone, under the same name.
+    """
+    kind = type(pipeline)
+    signature = inspect.signature(kind.__call__)
+    if not {"height", "width"} <= signature.parameters.keys():
+        return
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        given = signature.bind_partial(self, *arguments, **options)
+        for name, side in (("height", height), ("width", width)):
+            if given.arguments.get(name) is None:
+                given.arguments[name] = side
+        return kind.__call__(*given.args, **given.kwargs)
+
+    refusals = {"__deepcopy__": StandIn.__deepcopy__, "__reduce_ex__": StandIn.__reduce_ex__}
+    names = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__, **refusals}
+    pipeline.__class__ = type(kind.__name__, (kind,), names)
+
+
 def component_graphs(loader: EngineLoader) -> list[str]:
     """Graphs of components of which the bundle holds engines of the backend that runs."""
     return [graph for graph in loader.bundle.manifest.model.components if has_engine(loader.bundle, graph, loader.backend)]
@@ -204,6 +260,7 @@ def component_graphs(loader: EngineLoader) -> list[str]:
 
 def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: LoadOptions) -> None:
     """Load the denoiser's engines and put them into a pipeline."""
+    origin = Origin(loader.bundle, loader.backend, loader.loras)
     manifest, low_memory = loader.bundle.manifest, options.get("low_memory", False)
     planning = loader.load("planning")
     if low_memory:
@@ -217,7 +274,9 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         guidance=options.get("guidance"),
         after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
         low_memory=low_memory,
-        origin=(loader.bundle, loader.backend),
+        picture=(manifest.built_for.height, manifest.built_for.width),
+        origin=origin,
+        eager=(lambda: eager_denoiser(origin.loras, gated.dtype)) if is_architecture(replaces) else None,
     )
     setattr(pipeline, manifest.model.attribute, gated)
 
@@ -263,17 +322,41 @@ def _pipeline_precision(bundle: Bundle, device: torch.device) -> str:
 def _refuse_another_model(denoiser: nn.Module, bundle: Bundle) -> None:
     """Refuse a pipeline whose denoiser has another architecture or other weights than the bundle was built from.
 
-    The first row of each parameter is compared: another checkpoint or a fused LoRA changes all of them.
+    The first row of each parameter is compared, up to the rounding of the coarser of the two dtypes: another checkpoint changes
+    all of them, a fused LoRA those of its layers.
+
+    Raises:
+        InputError: with what differs, and what to do.
     """
     own, built = denoiser.state_dict(), bundle.denoiser_on_meta(torch.float32).state_dict()
-    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in built.items()}:
-        raise InputError(f"the pipeline's {type(denoiser).__name__} has another architecture than {bundle.folder} was built from")
-    if WEIGHTS_FILE not in bundle.manifest.files:
-        return  # discarded: the architecture is all that can be compared
+    kind = type(denoiser).__name__
+    if getattr(denoiser, "peft_config", None):
+        raise InputError(
+            f"the pipeline's {kind} has LoRAs loaded; unload them by pipeline.unload_lora_weights(), apply the bundle, and put them in "
+            "with tgate_trt.refit(pipeline, ['FILE.safetensors:0.8'])"
+        )
+    shapes, expected = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, built))
+    if shapes != expected:
+        name = next(name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name))
+        raise InputError(
+            f"the pipeline's {kind} has another architecture than {bundle.folder} was built from: {name!r} has shape "
+            f"{shapes.get(name, 'none')}, in the bundle {expected.get(name, 'none')}; build a bundle of this pipeline"
+        )
+    if WEIGHTS_FILE not in bundle.manifest.files or is_architecture(denoiser):
+        return  # the bundle's weights were discarded, or `load` made the pipeline: the architecture is all that can be compared
     with opened_file(bundle.folder / WEIGHTS_FILE) as weights:
-        for name, tensor in own.items():
-            if tensor.is_meta:
-                return  # `load` made it: it has no weights of its own
-            first_row = weights.get_slice(name)[:1]
-            if not torch.equal(tensor[:1].to(first_row.device, first_row.dtype), first_row):
-                raise InputError(f"the pipeline has other weights than {bundle.folder} was built from: {name!r} differs; build it anew")
+        other = [name for name, tensor in own.items() if not _is_rounded(tensor[:1].cpu(), weights.get_slice(name)[:1])]
+    if other:
+        raise InputError(
+            f"{len(other)} of the {len(own)} weights of the pipeline's {kind} are other than {bundle.folder} was built from, {other[0]!r} "
+            "first; if a LoRA is fused into them, unfuse it and put it in with tgate_trt.refit; else build a bundle of this pipeline"
+        )
+
+
+def _is_rounded(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of the coarser of their dtypes."""
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    coarser = max((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    info = torch.finfo(coarser)
+    return torch.allclose(one.float(), other.float(), rtol=info.eps, atol=info.smallest_normal * info.eps)

@@ -7,16 +7,19 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import tgate_trt
+from tgate_trt.building.staleness import state_of
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.models.resolve import resolve
 from tgate_trt.models.saving import save_rest
-from tgate_trt.models.single_file import architecture_of, original_names, tokenizers_of
+from tgate_trt.models.single_file import architecture_of, original_names, scheduler_settings_of, tokenizers_of
 
 PREFIX = "model.diffusion_model."
 
@@ -173,3 +176,59 @@ def test_a_checkpoint_without_a_tokenizer_says_where_to_get_one(tmp_path: Path, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"holds no tokenizer.*hf download"):
         tokenizers_of("sdxl", "stabilityai/stable-diffusion-xl-base-1.0")
+
+
+# What a checkpoint predicts
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "metadata", "given", "settings"),
+    [
+        ("sdxl", [], {}, None, {"prediction_type": "epsilon"}),
+        ("sdxl", ["v_pred"], {}, None, {"prediction_type": "v_prediction"}),
+        ("sdxl", ["v_pred", "ztsnr"], {}, None, {"prediction_type": "v_prediction", **ZERO_SNR}),
+        ("sdxl", [], {"modelspec.prediction_type": "v"}, None, {"prediction_type": "v_prediction"}),
+        ("sdxl", ["v_pred"], {}, "epsilon", {"prediction_type": "epsilon"}),
+        ("sd15", [], {}, None, {"prediction_type": "epsilon"}),
+        ("sd15", ["v_pred"], {}, None, {"prediction_type": "v_prediction"}),
+        ("sd15", [], {"modelspec.architecture": "stable-diffusion-v1"}, None, {"prediction_type": "epsilon"}),
+        ("sd21", [], {"modelspec.architecture": "stable-diffusion-v2-512"}, None, {"prediction_type": "epsilon"}),
+        ("sd21", [], {"modelspec.architecture": "stable-diffusion-v2-768-v"}, None, {"prediction_type": "v_prediction"}),
+        ("sd21", [], {"modelspec.prediction_type": "epsilon"}, None, {"prediction_type": "epsilon"}),
+        ("sd21", [("global_step", 875_000)], {}, None, {"prediction_type": "epsilon"}),
+        ("sd21", [("global_step", 140_000)], {}, None, {"prediction_type": "v_prediction"}),
+        ("sd21", [], {}, "epsilon", {"prediction_type": "epsilon"}),
+    ],
+)
+def test_what_a_file_states_is_believed(
+    name: str, keys: list[Any], metadata: dict[str, str], given: str | None, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    marks = {key if isinstance(key, str) else key[0]: torch.tensor(0 if isinstance(key, str) else key[1]) for key in keys}
+    save_file({"weight": torch.zeros(1), **marks}, tmp_path / "model.safetensors", metadata=metadata)
+    assert scheduler_settings_of(tmp_path / "model.safetensors", name, given) == settings
+
+
+def test_a_guess_is_stated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert scheduler_settings_of(tmp_path / "model.safetensors", "sd21", None) == {"prediction_type": "v_prediction"}
+    assert "assuming velocity at 768 pixels, as diffusers does; overrule it with --prediction-type epsilon" in caplog.text
+
+
+def test_a_prediction_type_reaches_the_bundle_and_the_pipeline(checkpoint: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"config": tiny_sd, "prediction_type": "v_prediction", "components": False}
+    built = tgate_trt.build(checkpoint, tmp_path / "bundle", **options)
+    pipeline = tgate_trt.load(built)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert tgate_trt.build(checkpoint, tmp_path / "bundle", **options).manifest == built.manifest, "it is up to date"
+    assert not state_of(built).stale
+    other = tgate_trt.build(checkpoint, tmp_path / "bundle", **{**options, "prediction_type": None}, verify=False)
+    assert tgate_trt.load(other).scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+
+
+def test_bad_values_are_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one of epsilon, v_prediction, sample, got 'velocity'"):
+        resolve(checkpoint, prediction_type="velocity")
+    with pytest.raises(InputError, match=r"there is no folder .* --config takes a diffusers folder"):
+        resolve(checkpoint, config=tmp_path / "nowhere")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import tgate_trt
 from tgate_trt.demo import MODEL_DIR
 from tgate_trt.demo.dataset import examples
 from tgate_trt.demo.evaluate import load_pipeline
 from tgate_trt.errors import InputError
-from tgate_trt.running.drawing import Drawing, draw, to_bytes
+from tgate_trt.running.drawing import FORMATS, Column, Drawing, check_output, draw, draw_columns, save, to_bytes
 
 
 def dice(prompt: list[str], *, generator: list[torch.Generator], **settings: Any) -> SimpleNamespace:
@@ -64,3 +69,61 @@ def test_bytes_are_those_of_the_pictures_in_any_batch() -> None:
     files = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(64, 64, 3) for picture in draw(pipeline, drawing)]
     assert torch.equal(together, torch.stack(files).permute(0, 3, 1, 2))
     assert (together[0].int() - together[1].int()).abs().max() > 25
+
+
+# Files
+
+
+def columns_of(count: int) -> list[Column]:
+    pictures = tuple(Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(count))
+    return [Column("gate step 2", pictures, 1.0, 2, "negative")]
+
+
+@pytest.mark.parametrize(("suffix", "kind"), FORMATS.items())
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_kind_of_file_has_its_settings(suffix: str, kind: str, count: int, tmp_path: Path) -> None:
+    drawing = Drawing(tuple(f"prompt {index} ×" for index in range(count)), negative_prompt="blur", steps=4, seed=7, scheduler="ddim")
+    (path,) = save(columns_of(count), drawing, tmp_path / f"new/picture{suffix}")
+    with Image.open(path) as picture:
+        assert picture.format == kind
+        text = picture.info.get("parameters") or picture.getexif().get_ifd(0x8769)[0x9286].removeprefix(b"UNICODE\0").decode("utf-16-be")
+    settings = json.loads(text)
+    assert settings["pictures"] == [{"prompt": f"prompt {index} ×", "seed": 7 + index} for index in range(count)]
+    assert (settings["negative_prompt"], settings["steps"], settings["scheduler"]) == ("blur", 4, "ddim")
+    assert settings["gates"] == [{"gate_step": 2, "after_gate": "negative"}]
+
+
+def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
+    paths = save(columns_of(2), Drawing(("a", "b"), seed=3), tmp_path / "folder")
+    assert [path.name for path in paths] == ["000-gate-step-2.png", "001-gate-step-2.png"]
+    with Image.open(paths[1]) as picture:
+        assert json.loads(picture.info["parameters"])["pictures"] == [{"prompt": "b", "seed": 4}]
+
+
+@pytest.mark.parametrize("name", ["out.bmp", "out.tiff", "folder.png", "file/out.png"])
+def test_a_place_that_takes_no_pictures_is_refused_before_drawing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose another --output"):
+        check_output(tmp_path / name)
+
+
+@pytest.mark.parametrize("seed", [10**20, -1, 2**63 - 1])
+def test_a_seed_that_is_none_is_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=r"a seed is a number from 0 to \d+, got"):
+        Drawing(("a", "b"), seed=seed)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    bundle = tgate_trt.build(tiny_sd, tmp_path / "bundle", verify=False, components=False)
+    with pytest.raises(InputError, match="DDIMScheduler has 1000 steps at most, got 1001"):
+        draw_columns(bundle.folder, Drawing(("a",), steps=1001))
+
+
+def test_a_pipeline_that_draws_from_pictures_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
+    bundle = tgate_trt.build(model, tmp_path / "bundle", verify=False, components=False)
+    with pytest.raises(InputError, match="StableDiffusionInpaintPipeline draws from pictures, and tgate-generate draws from prompts alone"):
+        draw_columns(bundle.folder, Drawing(("a",), steps=2))
