@@ -115,7 +115,7 @@ class Studio:
     scheduler: str | None = None
     """Scheduler of all pipelines; see `tgate_trt.running.drawing.prepare`."""
     threads: int | None = None
-    """CPU threads of an engine; one for each core if None."""
+    """CPU threads of an engine, and of PyTorch while the studio is open; one for each core if None."""
     components: bool = True
     """Whether text encoders and VAE run as engines if the bundle holds such engines."""
     keeps_engines: bool = True
@@ -129,9 +129,12 @@ class Studio:
     _eager: nn.Module | None = None
 
     def __enter__(self) -> Self:
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or self._threads_before)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        torch.set_num_threads(self._threads_before)
         for engine in self._engines.values():
             engine.close()
 

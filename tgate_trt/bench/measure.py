@@ -250,8 +250,6 @@ def prepare(plan: Plan) -> Measurement:
     own = json.loads((bundle.pipeline / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
     drawing = replace(plan.drawing, prompts=prompts, scheduler=scheduler_for(own, plan.drawing.scheduler)).of(bundle)
     settings = settings_of(backends, plan.gate_steps, plan.after_gate, plan.beside, manifest.gate_step or DEFAULT_GATE_STEP)
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
     studio = Studio(bundle, device_of(backends), drawing.scheduler, plan.threads, keeps_engines=_fits(bundle, settings))
     measurement = Measurement(plan, drawing, studio, settings)
     for setting in settings:
