@@ -64,6 +64,12 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[t
         raise BuildError(f"the weights lack {missing[0]!r}, which the architecture expects; download the model again")
 
 
+def files_of(model: ir.Model) -> set[str]:
+    """The files of weights that a graph names, relative to its own folder."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
+
 def attach(
     model: ir.Model,
     folder: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import psutil
 import pytest
 import torch
@@ -23,10 +25,13 @@ from safetensors.torch import save_file
 from typer import Typer
 from typer.testing import Result
 
-from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.manifest import MANIFEST
+import tgate_trt
+from tgate_trt.building.builder import add_graph
+from tgate_trt.bundle.bundle import Bundle, describe_files, write_manifest
+from tgate_trt.bundle.manifest import MANIFEST, Manifest
 from tgate_trt.cli import build, generate, inspect
 from tgate_trt.cli.common import reporting
+from tgate_trt.errors import BundleError
 
 from ..process_state import ProcessState
 
@@ -269,3 +274,22 @@ def test_inspect_shows_what_a_bundle_draws(run: Run, bundle: Path) -> None:
     )
     assert "epsilon, sampled by DDIMScheduler" in output
     assert "gate step None" in output
+
+
+def test_a_graph_that_takes_weights_from_elsewhere_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """The graph has its right hash, and names a file that has none."""
+    folder = copy(bundle, tmp_path)
+    shutil.copy(folder / "weights.safetensors", tmp_path / "elsewhere.safetensors")
+    for name in ("planning.onnx", "trace.onnx"):
+        model = onnx.load(folder / name, load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "../elsewhere.safetensors"
+        (folder / name).write_bytes(model.SerializeToString())
+    manifest = Manifest.from_json(json.loads((folder / MANIFEST).read_text()))
+    write_manifest(folder, dataclasses.replace(manifest, files=describe_files(folder)))
+    opened = Bundle.open(folder, full=True)
+    for attempt in (lambda: tgate_trt.load(opened), lambda: add_graph(opened, "vanilla")):
+        with pytest.raises(BundleError, match=r"takes weights from '\.\./elsewhere\.safetensors', which is not part of this bundle"):
+            attempt()

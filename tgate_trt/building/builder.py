@@ -113,6 +113,7 @@ def add_graph(bundle: Bundle, name: str) -> Bundle:
     manifest = bundle.manifest
     if TRACE not in manifest.files:
         raise StaleBundleError(f"{bundle.folder} holds no graphs to add to; build it again without --discard-graphs")
+    bundle.load_graph(TRACE)  # for its check
     request = Request(manifest.built_for, (name,), EngineRequest(()), verify=False, components=False)
     with locked(bundle.folder), building(bundle.folder) as folder:
         copy_into(bundle, folder)

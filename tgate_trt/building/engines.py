@@ -24,7 +24,7 @@ from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour, gpu_is_present, gpu_name
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.export.fuse import name_plugin
-from tgate_trt.export.weights import WEIGHTS_FILE
+from tgate_trt.export.weights import WEIGHTS_FILE, files_of
 from tgate_trt.export.weights_as_inputs import turn_weights_into_inputs
 from tgate_trt.files import link_or_copy, sha256, stamp
 from tgate_trt.specs import GraphSpec, TensorSpec
@@ -181,12 +181,8 @@ def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Ite
 
 def _key(folder: Path, graph: Path, spec: GraphSpec, built: Mapping[str, Any]) -> str:
     """Hash of everything that an engine depends on: graph, profile, options, versions, and the graph's weights files."""
-    files = {
-        value.const_value.location
-        for value in ir.load(graph).graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    hashes = {str(name): _sha256_of_weights(folder / name, tuple(stamp(folder / name))) for name in files}
+    files = files_of(ir.load(graph))
+    hashes = {name: _sha256_of_weights(folder / name, tuple(stamp(folder / name))) for name in files}
     text = json.dumps([sha256(graph), spec.to_json(), dict(built), hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

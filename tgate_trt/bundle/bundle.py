@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -29,6 +30,7 @@ from tgate_trt.bundle.folder import GUESTS, mend
 from tgate_trt.bundle.manifest import BESIDE, MANIFEST, PIPELINE, STAMPS, HeldFile, Manifest
 from tgate_trt.eager import on_meta
 from tgate_trt.errors import BundleError
+from tgate_trt.export.weights import files_of
 from tgate_trt.files import link_or_copy, read_json, replace_file, sha256, stamp
 from tgate_trt.specs import GraphSpec
 
@@ -79,6 +81,18 @@ class Bundle:
         if name not in self.manifest.graphs:
             raise BundleError(f"{self.folder} holds no {name} graph; build it with --graphs {','.join([*self.manifest.graphs, name])}")
         return self.manifest.graphs[name]
+
+    def load_graph(self, file: str) -> ir.Model:
+        """Load a graph or the trace, whose weights are in files of this bundle.
+
+        Raises:
+            BundleError: if it names another file, whose hash the manifest does not have.
+        """
+        model = ir.load(self.folder / file)
+        foreign = sorted(files_of(model) - set(self.manifest.files))
+        if foreign:
+            raise BundleError(f"{self.folder}: {file} takes weights from {foreign[0]!r}, which is not part of this bundle; build it again")
+        return model
 
     def _check_files(self, full: bool) -> None:
         stamps = {} if full else _read_stamps(self.folder)

@@ -72,6 +72,7 @@ class EngineLoader:
         if self.backend == ONNXRUNTIME:
             from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 
+            self.bundle.load_graph(path.name)  # for its check
             return OnnxRuntimeEngine(path, spec, device=self.device, threads=self.threads, changed=changed)
         return self._load_plan(path, spec, changed)
 
