@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgate_trt.analysis.convergence import ALL_LAYERS, Layer, curves, group_of, recording
-from tgate_trt.analysis.subject import check_weights, eager_denoiser
+from tgate_trt.analysis.subject import check_weights
 from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.errors import StaleBundleError
 from tgate_trt.running.drawing import SCHEDULERS
+from tgate_trt.running.loading import eager_denoiser
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,7 +176,7 @@ def test_groups(block: str, tokens: int, depth: float, expected: str) -> None:
 
 
 def test_the_denoiser_comes_from_the_bundles_weights(sd_bundle: Bundle, tiny_sd: Path) -> None:
-    state = eager_denoiser(sd_bundle, torch.float32).state_dict()
+    state = eager_denoiser(BundleLoras.read(sd_bundle), torch.float32).state_dict()
     source = load_file(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors")
     assert state.keys() == source.keys()
     assert all(torch.equal(state[name], source[name]) for name in source)

@@ -78,7 +78,7 @@ def test_a_model_becomes_a_bundle_first(run: Run, tiny_sd_configs: Path, tmp_pat
         analyze.app, tiny_sd_configs, "--random-weights", "--prompt", "a fox", "--steps", 2, "--only", "gate", "--json", "found.json"
     )
     assert result.exit_code == 0, result.output
-    Bundle.open(next((tmp_path / "bundles").iterdir()))
+    Bundle.open(next((tmp_path / "bundles").glob("[!.]*")))
     data = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert data["subject"]["random_weights"]
     results = data["results"]
