@@ -99,7 +99,7 @@ bench-sd15: $(READY)
 	$(BIN)/tgate-bench run bundles/bench-sd15 --backend onnxruntime --gate-step 5,10 --beside official --rounds 3 \
 	  $(call results,bench-sd15) --plot $(RESULTS)/bench-sd15.png
 
-# Where Python has the packages already and no network is to be had: `make bench-gpu READY= BIN=FOLDER_OF_ITS_COMMANDS`.
+# Where Python has the packages already and there is no network: `make bench-gpu READY= BIN=FOLDER_OF_ITS_COMMANDS`.
 GPU_MODELS   ?= sd15 sdxl
 GPU_BACKENDS ?= pytorch
 SANITIZER    := $(shell command -v compute-sanitizer)

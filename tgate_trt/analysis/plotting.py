@@ -17,7 +17,7 @@ FORMATS = (".png", ".svg", ".pdf")
 """Suffixes of the files that a figure can be written to."""
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "0.45"
-"""The colours of Okabe and Ito, which colour-blind readers can tell apart, and a gray."""
+"""The colours of Okabe and Ito, which colour-blind readers can distinguish, and a gray."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,

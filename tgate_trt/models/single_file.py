@@ -39,7 +39,7 @@ _EPSILON, _VELOCITY = "epsilon", "v_prediction"
 _NOISE_SIZE = 512
 """Pixels of a side of the pictures of v2 checkpoints that predict noise."""
 _STEP_OF_V2_BASE = 875_000
-"""Training step of Stable Diffusion 2's 512-base, by which diffusers tells it (`single_file_utils`)."""
+"""Training step of Stable Diffusion 2's 512-base, by which diffusers recognises it (`single_file_utils`)."""
 
 
 def configuration_of(path: Path, config: Path | None, prediction_type: str | None) -> tuple[Path, dict[str, Any]]:
@@ -83,7 +83,7 @@ def scheduler_settings_of(path: Path, name: str, prediction_type: str | None) ->
 
     In this order: what the caller gives; the marker keys ``v_pred`` and ``ztsnr``; the file's metadata (``modelspec``); the training
     step that v2 checkpoints may hold. A v2 checkpoint without any mark is taken to predict velocity, as diffusers does, and a
-    warning says so.
+    logged warning names the guess.
 
     Args:
         path: the checkpoint.
