@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,9 +25,11 @@ from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import TRACE
 from tgate_trt.errors import InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
+from tgate_trt.files import read_json
 from tgate_trt.gate.after_gate import AFTER_GATE, DEFAULT_AFTER_GATE
 from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING
 from tgate_trt.gate.schedule import DEFAULT_GATE_STEP
+from tgate_trt.models.source import SCHEDULER
 from tgate_trt.running.drawing import Drawing, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def prepare(plan: Plan) -> Measurement:
         bundle = add_graph(bundle, graph)
     manifest = bundle.manifest
     prompts, _ = prompts_of(manifest.model.name, plan.drawing.prompts, plan.rounds * plan.images)
-    own = json.loads((bundle.pipeline / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    own = read_json(bundle.pipeline / "scheduler" / SCHEDULER)["_class_name"]
     drawing = replace(plan.drawing, prompts=prompts, scheduler=scheduler_for(own, plan.drawing.scheduler)).of(bundle)
     settings = settings_of(backends, plan.gate_steps, plan.after_gate, plan.beside, manifest.gate_step or DEFAULT_GATE_STEP)
     studio = Studio(bundle, device_of(backends), drawing.scheduler, plan.threads, keeps_engines=_fits(bundle, settings))

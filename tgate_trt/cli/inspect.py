@@ -78,7 +78,9 @@ def _draws(bundle: Bundle) -> str:
 
 def _predicts(bundle: Bundle) -> str:
     """What the denoiser predicts, and its scheduler."""
-    scheduler = read_json(bundle.pipeline / "scheduler" / "scheduler_config.json")
+    from tgate_trt.models.source import SCHEDULER
+
+    scheduler = read_json(bundle.pipeline / "scheduler" / SCHEDULER)
     return f"{scheduler.get('prediction_type', 'epsilon')}, sampled by {scheduler['_class_name']}"
 
 

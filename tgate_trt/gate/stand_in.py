@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -11,8 +10,6 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from tgate_trt.errors import UnsupportedError
-
-logger = logging.getLogger(__name__)
 
 
 class StandIn(nn.Module):
