@@ -109,6 +109,7 @@ def sd_like_bundle(tmp_path: Path) -> Bundle:
         engines={"tensorrt-rtx": EngineSet({"fidelity": "fidelity.plan"})},
         verification={},
         gate_step=None,
+        gate_noise=None,
         steps=1,
         guidance_scale=None,
     )

@@ -21,6 +21,8 @@ import tgate_trt
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import GateError, InputError, UnsupportedError
 from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.schedule import GateStep
+from tgate_trt.gate.scheduler import level_of_gate
 from tgate_trt.running.drawing import SCHEDULERS, scheduler_of
 from tgate_trt.running.loading import load_engine
 
@@ -273,6 +275,16 @@ def test_gated_latents_equal_eager_gated_by_hand(scheduler: str, gate_step: floa
     expected = reference(eager, Run(), planning)
     assert_equal(draw(gated), expected)
     assert differ(expected, reference(eager, Run(), planning - 1))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_gate_at_a_noise_level_is_that_of_its_step(scheduler: str, gated_sd: Any) -> None:
+    gated_sd.scheduler = scheduler_of(gated_sd, scheduler)
+    gated_sd.unet.gate_step = 3
+    expected = draw(gated_sd)
+    level = level_of_gate(gated_sd.scheduler, Run().steps, 3)
+    gated_sd.unet.gate_step = f"noise:{level}"
+    assert is_same(draw(gated_sd), expected)
 
 
 def test_the_reference_without_a_gate_is_the_eager_pipeline(eager: Any) -> None:
@@ -633,9 +645,11 @@ def test_guidance_dropped_alone_equals_eager(
     assert differ(expected, reference(eager, Run(TWO), 2))
 
 
-@pytest.mark.parametrize(("gate_step", "planning"), [(1, 1), (2, 2), (0.5, 2)])
+@pytest.mark.parametrize(("gate_step", "planning"), [(1, 1), (2, 2), (0.5, 2), ("noise:100", 1)])
 @pytest.mark.parametrize("scheduler", ["ddim", "euler-a", "pndm", "heun"])
-def test_image_to_image_gates_the_executed_steps(scheduler: str, gate_step: float, planning: int, own_sd: Any, sd_bundle: Bundle) -> None:
+def test_image_to_image_gates_the_executed_steps(
+    scheduler: str, gate_step: GateStep, planning: int, own_sd: Any, sd_bundle: Bundle
+) -> None:
     """Of 5 steps at strength 0.6 only the last 3 are executed; the gate counts those."""
     from diffusers import StableDiffusionImg2ImgPipeline
 

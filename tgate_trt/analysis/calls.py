@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tgate_trt.gate.denoiser import has_equal_halves, schedule_of
+from tgate_trt.gate.denoiser import has_equal_halves
 from tgate_trt.gate.schedule import NONE, GateSchedule
+from tgate_trt.gate.scheduler import schedule_of
 
 
 @dataclass(frozen=True)

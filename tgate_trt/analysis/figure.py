@@ -165,13 +165,18 @@ def _finish(axes: Any, record: Record, across: str, up: str, *, ncols: int = 1, 
 
 def _gates(record: Record) -> Iterator[tuple[int, dict[str, Any], str]]:
     """Each marked gate: the step, the style of its line, and its label."""
-    default, suggestion = record["results"]["default_gate_step"], record["results"]["suggestion"]
-    yield default, {"color": "black", "linewidth": 1.1, "linestyle": "--"}, f"g = {default}: the model's default gate"
+    default, suggestion, levels = (record["results"][name] for name in ("default_gate_step", "suggestion", "noise_levels"))
+
+    def name_of(step: int) -> str:
+        at = (levels or [])[step : step + 1]
+        return f"g = {step}, $\\sigma$ = {at[0]:.3g}" if at and at[0] is not None else f"g = {step}"
+
+    yield default, {"color": "black", "linewidth": 1.1, "linestyle": "--"}, f"{name_of(default)}: the model's default gate"
     for name, line in (("by_convergence", "-."), ("by_accuracy", ":")):
         answer = suggestion[name]["gate_step"]
         if answer is not None:
             suggested = "suggested, " if suggestion["rule"] == name else ""
-            label = f"g = {answer}: {suggested}{suggestion[name]['rule']}".replace("D_t", "$D_t$")
+            label = f"{name_of(answer)}: {suggested}{suggestion[name]['rule']}".replace("D_t", "$D_t$")
             yield answer, {"color": GRAY, "linewidth": 1.3, "linestyle": line}, label
 
 

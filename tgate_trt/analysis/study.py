@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from tgate_trt.building.builder import build
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import MANIFEST
 from tgate_trt.errors import InputError
-from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, planning_steps
+from tgate_trt.gate.schedule import planning_steps
 from tgate_trt.running.drawing import Drawing
 from tgate_trt.taps import CROSS_ATTENTION
 
@@ -38,6 +39,7 @@ DEFINITIONS = {
     "text first": "text in the first m steps, the null prompt after; m in 'at'",
     "text last": "the null prompt in the first m steps, text after; m in 'at'",
     "gate": "planning steps g in 'at'",
+    "noise levels": "σ, noise over signal in standard deviations, at the beginning of each step; null where it is infinite or unknown",
     "distance": DISTANCE,
     "accuracy": "share of pictures that show every attribute of their caption, with Wilson's 95 % interval",
     "low, high": "95 % interval of the mean over pictures",
@@ -101,8 +103,9 @@ def analyze(
     relative = curves[CROSS_ATTENTION][convergence.ALL_LAYERS].relative.mean if curves and CROSS_ATTENTION in curves else None
     results = {
         "definitions": DEFINITIONS,
-        "default_gate_step": planning_steps(bundle.manifest.gate_step or DEFAULT_GATE_STEP, subject.steps),
-        "suggestion": suggest(relative, gates).to_json(),
+        "default_gate_step": planning_steps(bundle.manifest.default_gate_step, subject.steps, subject.levels),
+        "noise_levels": subject.levels and [level if math.isfinite(level) else None for level in subject.levels],
+        "suggestion": suggest(relative, gates).to_json(subject.levels),
         "convergence": None if curves is None else {kind: _to_json(groups) for kind, groups in curves.items()},
         "null_text": None if swapped is None else _to_json(swapped),
         "gate": None if gates is None else gates.to_json(),

@@ -15,10 +15,11 @@ from tgate_trt.analysis.prompts import prompts_of
 from tgate_trt.bundle.backends import UNCOMPILED
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.loras import BundleLoras
-from tgate_trt.errors import StaleBundleError
+from tgate_trt.errors import GateError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep
+from tgate_trt.gate.scheduler import levels_of_run
 from tgate_trt.running.drawing import Drawing, draw, prepare, to_bytes
 from tgate_trt.running.loading import eager_denoiser
 from tgate_trt.running.pipeline import load
@@ -62,6 +63,14 @@ class Subject:
         """The engines and their gate."""
         assert isinstance(self.denoiser, GatedDenoiser)
         return self.denoiser
+
+    @cached_property
+    def levels(self) -> tuple[float, ...] | None:
+        """The noise level at the beginning of each step; None if the scheduler shows none."""
+        try:
+            return levels_of_run(self.pipeline.scheduler, self.steps)
+        except GateError:
+            return None
 
     @cached_property
     def vanilla(self) -> Tensor:

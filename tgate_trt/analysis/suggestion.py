@@ -1,4 +1,4 @@
-"""Two rules that suggest a gate step.
+"""Two rules that suggest a gate, as a step and as the noise level at that step.
 
 1. *By convergence*: the smallest g at which the relative D_t of cross-attention, averaged over three steps, has fallen to
    half of its highest value so far. D_g is the first change that a gate at g omits. This is a rule of thumb that uses no
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tgate_trt.analysis.outcomes import Outcome, Series
+from tgate_trt.gate.schedule import rounded_up
 
 FRACTION = 0.5
 SMOOTHING = 3
@@ -75,14 +76,23 @@ class Suggestion:
             return None
         return "by_convergence" if self.by_accuracy is None else "by_accuracy"
 
-    def to_json(self) -> dict[str, Any]:
-        """Both answers with their rules, and the counts of the test."""
+    def to_json(self, levels: Sequence[float] | None = None) -> dict[str, Any]:
+        """Both answers with their rules, and the counts of the test.
+
+        Args:
+            levels: the noise level at the beginning of each step, by which each answer is given as a noise level too.
+        """
+
+        def gate(step: int | None) -> dict[str, Any]:
+            at = [] if step is None or levels is None else levels[step : step + 1]
+            return {"gate_step": step, "noise": rounded_up(at[0]) if at else None}
+
         return {
-            "gate_step": self.gate_step,
+            **gate(self.gate_step),
             "rule": self.rule,
-            "by_convergence": {"gate_step": self.by_convergence, "rule": CONVERGENCE_RULE},
+            "by_convergence": {**gate(self.by_convergence), "rule": CONVERGENCE_RULE},
             "by_accuracy": {
-                "gate_step": self.by_accuracy,
+                **gate(self.by_accuracy),
                 "rule": ACCURACY_RULE,
                 "lost": [each.lost for each in self.differences],
                 "won": [each.won for each in self.differences],

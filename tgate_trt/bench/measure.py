@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import read_json
 from tgate_trt.gate.after_gate import AFTER_GATE, DEFAULT_AFTER_GATE
 from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING
-from tgate_trt.gate.schedule import DEFAULT_GATE_STEP
+from tgate_trt.gate.schedule import GateStep, noise_of, parse_gate_step, planning_steps
+from tgate_trt.gate.scheduler import levels_of_run, read_scheduler
 from tgate_trt.models.source import SCHEDULER
-from tgate_trt.running.drawing import Drawing, to_bytes
+from tgate_trt.running.drawing import Drawing, scheduler_of, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Plan:
     drawing: Drawing = field(default_factory=Drawing)
     """The pictures; see `tgate_trt.analysis.prompts.prompts_of` for their prompts, and `scheduler_for` for their scheduler."""
     gate_steps: tuple[str, ...] = ()
-    """Counts and fractions; the bundle's own gate step if empty."""
+    """Counts, fractions and noise levels; the bundle's own gate if empty."""
     after_gate: tuple[str, ...] = (DEFAULT_AFTER_GATE,)
     """Keys of `tgate_trt.gate.after_gate.AFTER_GATE`."""
     backends: tuple[str, ...] = ()
@@ -250,12 +252,32 @@ def prepare(plan: Plan) -> Measurement:
     prompts, _ = prompts_of(manifest.model.name, plan.drawing.prompts, plan.rounds * plan.images)
     own = read_json(bundle.pipeline / "scheduler" / SCHEDULER)["_class_name"]
     drawing = replace(plan.drawing, prompts=prompts, scheduler=scheduler_for(own, plan.drawing.scheduler)).of(bundle)
-    settings = settings_of(backends, plan.gate_steps, plan.after_gate, plan.beside, manifest.gate_step or DEFAULT_GATE_STEP)
+    settings = settings_of(backends, gates_of(bundle, drawing, plan.gate_steps), plan.after_gate, plan.beside)
     studio = Studio(bundle, device_of(backends), drawing.scheduler, plan.threads, keeps_engines=_fits(bundle, settings))
     measurement = Measurement(plan, drawing, studio, settings)
     for setting in settings:
         setting.planning_steps(measurement.steps)  # refuses a gate step beyond the last step
     return measurement
+
+
+def gates_of(bundle: Bundle, drawing: Drawing, texts: Sequence[str]) -> tuple[GateStep, ...]:
+    """The gates to compare; of each noise level, the number of planning steps that it makes of the drawing's steps.
+
+    Args:
+        bundle: whose own gate is taken if there is no other.
+        drawing: with its number of steps and its scheduler.
+        texts: gates as the command takes them.
+
+    Raises:
+        InputError: if one is impossible.
+        GateError: if the scheduler shows no noise levels.
+    """
+    gates = tuple(parse_gate_step(text) for text in texts) or (bundle.manifest.default_gate_step,)
+    if all(noise_of(gate) is None for gate in gates):
+        return gates
+    scheduler = scheduler_of(SimpleNamespace(scheduler=read_scheduler(bundle.pipeline)), drawing.scheduler)
+    levels = levels_of_run(scheduler, drawing.steps or bundle.manifest.steps)
+    return tuple(gate if noise_of(gate) is None else planning_steps(gate, len(levels), levels) for gate in gates)
 
 
 def scheduler_for(own: str, wanted: str | None) -> str | None:

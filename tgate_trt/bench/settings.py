@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tgate_trt.errors import InputError
-from tgate_trt.gate.schedule import NONE, GateStep, parse_gate_step, planning_steps
+from tgate_trt.gate.schedule import NONE, GateStep, planning_steps
 
 VANILLA, CFG_DROP, TGATE = "vanilla", "cfg-drop", "T-GATE"
 EAGER, COMPILED, OFFICIAL = "diffusers", "torch.compile", "official tgate"
@@ -51,31 +51,29 @@ class Setting:
 
 
 def settings_of(
-    backends: Sequence[str], gate_steps: Sequence[str], after_gate: Sequence[str], beside: Sequence[str], default: GateStep
+    backends: Sequence[str], gate_steps: Sequence[GateStep], after_gate: Sequence[str], beside: Sequence[str]
 ) -> tuple[Setting, ...]:
     """All settings to measure, baselines first.
 
     Args:
         backends: backends of the engines.
-        gate_steps: as the command takes them; only ``default`` if empty.
+        gate_steps: counts and fractions.
         after_gate: keys of `tgate_trt.gate.after_gate.AFTER_GATE`, for T-GATE.
         beside: keys of `BESIDE`.
-        default: the bundle's own gate step.
 
     Raises:
         InputError: if a value is unknown.
     """
-    gates = [parse_gate_step(text) for text in gate_steps] or [default]
-    if NONE in gates:
-        raise InputError("--gate-step takes counts and fractions here, got none; vanilla is always measured, so leave it out")
+    if NONE in gate_steps:
+        raise InputError("--gate-step takes counts, fractions and noise levels here, got none; vanilla is always measured, so leave it out")
     for name in beside:
         if name not in BESIDE:
             raise InputError(f"--beside takes {', '.join(BESIDE)}, got {name!r}; see tgate-bench --help")
     ours: list[Setting] = []
     for backend in backends:
-        ours += [Setting(VANILLA, backend), *(Setting(CFG_DROP, backend, gate, "positive") for gate in gates)]
-        ours += [Setting(TGATE, backend, gate, mode) for gate in gates for mode in after_gate]
+        ours += [Setting(VANILLA, backend), *(Setting(CFG_DROP, backend, gate, "positive") for gate in gate_steps)]
+        ours += [Setting(TGATE, backend, gate, mode) for gate in gate_steps for mode in after_gate]
     others = [Setting(EAGER)] if beside else []  # the baseline of the others
     others += [Setting(COMPILED)] if "compile" in beside else []
-    others += [Setting(OFFICIAL, None, gate) for gate in gates] if "official" in beside else []
+    others += [Setting(OFFICIAL, None, gate) for gate in gate_steps] if "official" in beside else []
     return tuple(dict.fromkeys([*ours, *others]))

@@ -25,6 +25,7 @@ from tgate_trt.bundle.manifest import PIPELINE, TRACE, BuiltFrom, EngineSet, Man
 from tgate_trt.eager import torch_dtype
 from tgate_trt.errors import BundleError, StaleBundleError
 from tgate_trt.export import weights
+from tgate_trt.gate.scheduler import level_of_gate, read_scheduler
 from tgate_trt.models.fingerprints import Fingerprint
 from tgate_trt.models.lora import LoraFile
 from tgate_trt.models.resolve import resolve
@@ -152,6 +153,7 @@ def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: Fin
         engines={},
         verification={},
         gate_step=source.gate_step,
+        gate_noise=source.gate_step and level_of_gate(read_scheduler(folder / PIPELINE), source.steps, source.gate_step),
         steps=source.steps,
         guidance_scale=source.guidance_scale,
     )

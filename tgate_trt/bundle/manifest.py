@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from tgate_trt.errors import BundleError, InputError
-from tgate_trt.gate.schedule import GateStep, check_gate_step
+from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, NOISE, GateStep, check_gate_step
 from tgate_trt.models.fingerprints import Fingerprint
 from tgate_trt.models.source import ModelReference
 from tgate_trt.specs import PRECISIONS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the manifest's form; a bundle of another one is built again."""
 
 MANIFEST = "manifest.json"
@@ -56,6 +57,7 @@ def _precision(name: str) -> str:
 PlainPath = Annotated[str, AfterValidator(_plain)]
 Precision = Annotated[str, AfterValidator(_precision)]
 Gate = Annotated[GateStep, AfterValidator(check_gate_step)]
+Noise = Annotated[float, Gt(0), Lt(math.inf)]
 Count = Annotated[int, Ge(1)]
 GraphData = Annotated[GraphSpec, PlainValidator(GraphSpec.from_json), PlainSerializer(GraphSpec.to_json)]
 
@@ -202,7 +204,9 @@ class Manifest:
     verification: Mapping[str, Report]
     """What was compared with eager PyTorch, by graph; empty for a build with ``verify=False``."""
     gate_step: Gate | None
-    """The model's default, or None if it has none."""
+    """The model's published one, or None if it has none."""
+    gate_noise: Noise | None
+    """The noise level σ of that step in a run of ``steps`` with the model's own scheduler; None also if that shows no noise levels."""
     steps: Count
     """The model's default number of sampling steps."""
     guidance_scale: float | None
@@ -210,6 +214,13 @@ class Manifest:
     lora: tuple[HeldLora, ...] = ()
     files: Mapping[PlainPath, HeldFile] = field(default_factory=dict)
     """By path in the bundle."""
+
+    @property
+    def default_gate_step(self) -> GateStep:
+        """The gate of runs that name none: the model's as a noise level, so that it suits every spacing of the steps, else as a step."""
+        if self.gate_noise is not None:
+            return f"{NOISE}{self.gate_noise:g}"
+        return DEFAULT_GATE_STEP if self.gate_step is None else self.gate_step
 
     def check_files(self) -> None:
         """Check that every file that this manifest names is one whose hash it has.

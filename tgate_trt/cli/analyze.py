@@ -77,13 +77,17 @@ def analyze(
 
 
 def _summary(record: dict[str, Any]) -> Table:
-    """The suggested gate step, and the rule that suggests it."""
+    """The suggested gate, as a step and as a noise level, and the rule that suggests it."""
     suggestion, steps = record["results"]["suggestion"], record["settings"]["steps"]
-    table = Table("gate step", "rule", box=None)
+    table = Table("gate step", "noise level", "rule", box=None)
     for name in ("by_convergence", "by_accuracy"):
-        answer = suggestion[name]["gate_step"]
+        answer, noise = suggestion[name]["gate_step"], suggestion[name]["noise"]
         suggested = ", suggested" if suggestion["rule"] == name else ""
-        table.add_row("not measured" if answer is None else f"{answer} of {steps}{suggested}", suggestion[name]["rule"])
+        table.add_row(
+            "not measured" if answer is None else f"{answer} of {steps}{suggested}",
+            "" if noise is None else f"noise:{noise:g}",
+            suggestion[name]["rule"],
+        )
     return table
 
 

@@ -34,7 +34,9 @@ def bench() -> None:
 @app.command()
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle that tgate-build made.")],
-    gate_step: Annotated[str | None, typer.Option(help="Counts and fractions, with commas: 5,10,0.4. [default: the bundle's own]")] = None,
+    gate_step: Annotated[
+        str | None, typer.Option(help="Counts, fractions and noise levels, with commas: 5,0.4,noise:1.35. [default: the bundle's own]")
+    ] = None,
     after_gate: Annotated[str, typer.Option(help="From the gate on, with commas: negative, positive, fading.")] = "negative",
     beside: Annotated[str | None, typer.Option(help="PyTorch without engines, with commas: eager, compile, official.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engines, with commas. [default: the first that runs here]")] = None,

@@ -21,7 +21,10 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Sampling steps. [default: the model's own, mostly 25]")] = None,
     gate_step: Annotated[
         list[str] | None,
-        typer.Option(help="Planning steps: a count, a fraction, or none. Repeat the option to compare. [default: the model's own]"),
+        typer.Option(
+            help="Planning steps: a count, a fraction, a noise level as in noise:1.35, or none. Repeat the option to compare. "
+            "[default: the model's own]"
+        ),
     ] = None,
     after_gate: Annotated[
         list[str] | None,

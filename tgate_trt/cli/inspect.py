@@ -14,7 +14,7 @@ from tgate_trt.specs import MAXIMUM_ROWS
 
 if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
-    from tgate_trt.bundle.manifest import EngineSet
+    from tgate_trt.bundle.manifest import EngineSet, Manifest
 
 app = application()
 
@@ -56,7 +56,7 @@ def _summary(bundle: Bundle) -> Table:
         "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
         "draws": _draws(bundle),
         "predicts": _predicts(bundle),
-        "defaults": f"{manifest.steps} steps, gate step {manifest.gate_step}, guidance {manifest.guidance_scale}",
+        "defaults": f"{manifest.steps} steps, gate step {_gate(manifest)}, guidance {manifest.guidance_scale}",
         **({"LoRAs": ", ".join(f"{held.name} ({held.scale:g})" for held in manifest.lora)} if manifest.lora else {}),
         **{f"{backend} engines": _engines(engines) for backend, engines in manifest.engines.items()},
         "on disk": f"{sum(file.size for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
@@ -64,6 +64,12 @@ def _summary(bundle: Bundle) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _gate(manifest: Manifest) -> str:
+    """The model's default gate: a noise level with the step that it stands for, or a step."""
+    default = str(manifest.default_gate_step)
+    return default if manifest.gate_noise is None else f"{default} ({manifest.gate_step} of the steps with the model's own scheduler)"
 
 
 def _draws(bundle: Bundle) -> str:

@@ -26,7 +26,8 @@ from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
 from tgate_trt.gate.caller import calling_pipeline, is_executing, is_of_this_thread
-from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step, planning_steps
+from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step
+from tgate_trt.gate.scheduler import place_of, schedule_of
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.specs import ROWS, TensorSpec
@@ -126,7 +127,7 @@ class GatedDenoiser(StandIn):
             planning: engine for the steps before the gate.
             fidelity: engine for the steps from the gate on. One that takes no caches, such as the vanilla graph's,
                 drops guidance at the gate and nothing else.
-            gate_step: number of planning steps, a fraction of the steps, or ``"none"``.
+            gate_step: number of planning steps, a fraction of the steps, a noise level such as ``"noise:1.35"``, or ``"none"``.
             guidance: whether runs are guided; read from the pipeline if None.
             after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
             low_memory: whether to hold one engine at a time: each is loaded anew in every run.
@@ -188,7 +189,7 @@ class GatedDenoiser(StandIn):
 
     @property
     def gate_step(self) -> GateStep:
-        """Number of planning steps, a fraction of the steps, or ``"none"``; setting an impossible one raises `InputError`."""
+        """A count or a fraction of the steps, a noise level, or ``"none"``; setting an impossible one raises `InputError`."""
         return self._gate_step
 
     @gate_step.setter
@@ -308,7 +309,7 @@ class GatedDenoiser(StandIn):
         """Count this call, and return the run that it belongs to."""
         pipeline, frame = self._caller(timestep)
         timesteps = pipeline.scheduler.timesteps
-        place = _place(timesteps, timestep)
+        place = place_of(timesteps, timestep)
         run = self._run
         if run is None or run.pipeline() is not pipeline or run.timesteps is not timesteps:
             self._refuse_a_run_within_a_run(frame, timestep)
@@ -340,7 +341,7 @@ class GatedDenoiser(StandIn):
         if found is not None:
             return found
         pipeline = self._pipeline()
-        if pipeline is None or _place(pipeline.scheduler.timesteps, timestep) is None:
+        if pipeline is None or place_of(pipeline.scheduler.timesteps, timestep) is None:
             raise GateError(
                 "this call comes from no pipeline that has this denoiser, and its timestep is not of the scheduler of the pipeline "
                 "that the bundle was loaded for; call that pipeline, or take the timesteps from its scheduler"
@@ -354,7 +355,7 @@ class GatedDenoiser(StandIn):
             GateError: if another thread is in the middle of a run, or this run was begun before the present one.
         """
         run = self._run
-        if any(frame is displaced for displaced in self._displaced) or (run is not None and _place(run.timesteps, timestep) is not None):
+        if any(frame is displaced for displaced in self._displaced) or (run is not None and place_of(run.timesteps, timestep) is not None):
             raise GateError("another run with this denoiser began within this one; run one after the other")
         if run is None or run.frame is None or not is_executing(run.frame):
             return
@@ -379,7 +380,7 @@ class GatedDenoiser(StandIn):
             del self._hand_offs[sizes]
         timesteps = pipeline.scheduler.timesteps
         schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
-        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, _place(timesteps, timestep))
+        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, place_of(timesteps, timestep))
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
         """Whether the batch is ``[negative, positive]``: by ``guidance``, else by the pipeline, else by equal halves at the first call."""
@@ -460,53 +461,6 @@ class GatedDenoiser(StandIn):
                     for tensor in tensors
                 }
         return self._memory[key]
-
-
-def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateStep) -> GateSchedule:
-    """The schedule of the run that a pipeline has just begun.
-
-    Args:
-        pipeline: after its scheduler's ``set_timesteps``.
-        timestep: of the run's first call: where image-to-image begins, unless the pipeline has ``num_timesteps``.
-        gate_step: as the user gave it.
-
-    Raises:
-        GateError: if calls and steps do not match, as with PNDM's Runge-Kutta start.
-        InputError: if ``gate_step`` is above the number of steps.
-    """
-    scheduler = pipeline.scheduler
-    listed = len(scheduler.timesteps)
-    order = int(getattr(scheduler, "order", 1))
-    stated = None if getattr(scheduler, "custom_timesteps", False) else getattr(scheduler, "num_inference_steps", None)
-    whole = stated or (listed + order - 1) // order
-    extra = listed - whole if order == 1 else 0
-    if order not in (1, 2) or extra not in (0, 1) or (order == 2 and listed != 2 * whole - 1):
-        raise GateError(
-            f"{type(scheduler).__name__} calls the model {listed} times for {whole} steps, which the gate cannot follow"
-            + ("; set skip_prk_steps=True" if hasattr(scheduler, "step_prk") else "; use another scheduler")
-        )
-    calls = getattr(pipeline, "num_timesteps", None) or 0
-    place = _place(scheduler.timesteps, timestep)
-    if not 1 <= calls <= listed - (place or 0):
-        calls = listed - (_find(scheduler.timesteps, timestep) if place is None else place)
-    steps = (calls + 1) // 2 if order == 2 else max(calls - extra, 1)
-    return GateSchedule(steps, planning_steps(gate_step, steps), order, calls)
-
-
-def _place(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
-    """Index of a timestep in the scheduler's tensor, from its address, so that no GPU has to be waited for; None for a copy."""
-    if not isinstance(timestep, Tensor):
-        return None
-    offset = timestep.data_ptr() - timesteps.data_ptr()
-    return offset // timesteps.element_size() if 0 <= offset < timesteps.nbytes else None
-
-
-def _find(timesteps: Tensor, timestep: Tensor | float | int) -> int:
-    """Index of the scheduler's first timestep of this value."""
-    found = (timesteps == torch.as_tensor(timestep).flatten()[0].to(timesteps)).nonzero()
-    if not len(found):
-        raise GateError(f"timestep {timestep} is none of the scheduler's; a run starts with scheduler.set_timesteps")
-    return int(found[0])
 
 
 def has_equal_halves(sample: Tensor) -> bool:

@@ -23,7 +23,7 @@ from tgate_trt.errors import InputError
 from tgate_trt.files import replacing
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, after_gate_of
 from tgate_trt.gate.denoiser import GatedDenoiser
-from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, parse_gate_step, planning_steps
+from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, noise_of, parse_gate_step, planning_steps
 from tgate_trt.running.pipeline import load
 
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -208,9 +208,10 @@ def draw_columns(
     opened = Bundle.open(bundle)
     drawing = drawing.of(opened)
     assert drawing.steps is not None
-    gates = [check_gate_step(parse_gate_step(text)) for text in gate_steps] or [opened.manifest.gate_step or NONE]
+    gates = [check_gate_step(parse_gate_step(text)) for text in gate_steps] or [opened.manifest.default_gate_step]
     for gate_step in gates:
-        planning_steps(gate_step, drawing.steps)
+        if noise_of(gate_step) is None:
+            planning_steps(gate_step, drawing.steps)
     for mode in after_gate:
         after_gate_of(mode)
     pipeline = prepare(load(opened, backend=backend, threads=threads), drawing.scheduler)

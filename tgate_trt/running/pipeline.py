@@ -24,8 +24,9 @@ from tgate_trt.errors import GateError, InputError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import opened_file
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
-from tgate_trt.gate.denoiser import GatedDenoiser, schedule_of
-from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, NONE, GateStep
+from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.schedule import NONE, GateStep
+from tgate_trt.gate.scheduler import schedule_of
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import LoraFile, parameter_names
 from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
@@ -38,7 +39,7 @@ class LoadOptions(TypedDict, total=False):
     """How a bundle's engines are loaded, and how they run: keywords of `load` and `apply`."""
 
     gate_step: GateStep | None
-    """Number of planning steps, a fraction of the steps, or ``"none"``; the model's own default if None."""
+    """Number of planning steps, a fraction of the steps, a noise level such as ``"noise:1.35"``, or ``"none"``; the model's own if None."""
     after_gate: str
     """What a guided run does from the gate on: ``"negative"`` is T-GATE; ``"positive"`` keeps the prompt's half; ``"fading"``
     keeps that and fades guidance out; see `tgate_trt.gate.after_gate`."""
@@ -261,7 +262,7 @@ def component_graphs(loader: EngineLoader) -> list[str]:
 def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: LoadOptions) -> None:
     """Load the denoiser's engines and put them into a pipeline."""
     origin = Origin(loader.bundle, loader.backend, loader.loras)
-    manifest, low_memory = loader.bundle.manifest, options.get("low_memory", False)
+    manifest, low_memory, gate_step = loader.bundle.manifest, options.get("low_memory", False), options.get("gate_step")
     planning = loader.load("planning")
     if low_memory:
         planning.unload()
@@ -270,7 +271,7 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         replaces,
         planning,
         loader.load("fidelity"),
-        gate_step=next(step for step in (options.get("gate_step"), manifest.gate_step, DEFAULT_GATE_STEP) if step is not None),
+        gate_step=manifest.default_gate_step if gate_step is None else gate_step,
         guidance=options.get("guidance"),
         after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
         low_memory=low_memory,

@@ -9,7 +9,7 @@ from tgate_trt.errors import InputError
 
 
 def test_every_gate_has_vanilla_and_cfg_drop_beside_it() -> None:
-    settings = settings_of(["onnxruntime"], ["5", "0.4"], ["negative", "positive"], [], 10)
+    settings = settings_of(["onnxruntime"], [5, 0.4], ["negative", "positive"], [])
     assert [setting.label(25) for setting in settings] == [
         "vanilla",
         "cfg-drop g=5",
@@ -23,7 +23,7 @@ def test_every_gate_has_vanilla_and_cfg_drop_beside_it() -> None:
 
 
 def test_a_ratio_stays_within_an_engine() -> None:
-    settings = settings_of(["onnxruntime", "pytorch"], [], ["negative"], ["official"], 10)
+    settings = settings_of(["onnxruntime", "pytorch"], [10], ["negative"], ["official"])
     assert {setting.baseline for setting in settings} == {Setting(VANILLA, "onnxruntime"), Setting(VANILLA, "pytorch"), Setting(EAGER)}
     assert set(settings) >= {setting.baseline for setting in settings}
     assert all(setting.baseline.backend == setting.backend for setting in settings)
@@ -36,6 +36,6 @@ def test_graphs_do_a_ways_work() -> None:
 
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(InputError, match="--beside takes eager, compile, official, got 'magic'"):
-        settings_of(["onnxruntime"], [], ["negative"], ["magic"], 10)
-    with pytest.raises(InputError, match="takes counts and fractions here, got none; vanilla is always measured"):
-        settings_of(["onnxruntime"], ["none"], ["negative"], [], 10)
+        settings_of(["onnxruntime"], [10], ["negative"], ["magic"])
+    with pytest.raises(InputError, match="takes counts, fractions and noise levels here, got none; vanilla is always measured"):
+        settings_of(["onnxruntime"], ["none"], ["negative"], [])

@@ -36,6 +36,7 @@ MANIFEST_OF_A_BUNDLE = Manifest(
     engines={},
     verification={},
     gate_step=0.4,
+    gate_noise=1.35,
     steps=25,
     guidance_scale=None,
 )
@@ -190,6 +191,15 @@ def test_damage_is_told_in_one_sentence(bundle: Path, damage: object) -> None:
     with pytest.raises(BundleError, match=DAMAGE[damage]) as caught:
         Bundle.open(bundle)
     assert str(caught.value).startswith(str(bundle)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gate_step", "gate_noise", "expected"), [(0.4, 1.35, "noise:1.35"), (0.4, None, 0.4), (None, None, 0.4), (0.6, 20300.0, "noise:20300")]
+)
+def test_the_default_gate_is_a_noise_level_else_a_step(gate_step: Any, gate_noise: float | None, expected: Any) -> None:
+    manifest = dataclasses.replace(MANIFEST_OF_A_BUNDLE, gate_step=gate_step, gate_noise=gate_noise)
+    assert manifest.default_gate_step == expected
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))).default_gate_step == expected
 
 
 def test_a_missing_bundle_says_how_to_build_one(tmp_path: Path) -> None:

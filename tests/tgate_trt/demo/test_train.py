@@ -10,7 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from tgate_trt.demo import MODEL_DIR
 from tgate_trt.demo.dataset import Combination, examples
+from tgate_trt.demo.evaluate import load_pipeline
 from tgate_trt.demo.training.architecture import CAPTION_TOKENS, LATENT_CHANNELS, LATENT_SIZE, caption_words, make_tokenizer, make_vae
 from tgate_trt.demo.training.fitting import Recipe, fit
 from tgate_trt.demo.training.stages import NOT_NAMED, standardise, tokenize, training_caption
@@ -131,6 +133,24 @@ def test_training_writes_a_pipeline_that_draws(tmp_path: Path) -> None:
     latents = pipeline("a red circle", num_inference_steps=2, output_type="latent").images
     assert latents.shape == (1, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes", "work"]
+
+
+def test_a_trained_pipeline_goes_on_with_its_denoiser_alone(tmp_path: Path) -> None:
+    settings = Settings(further=tiny(2), pictures=1, captions=1)
+    train(tmp_path / "shapes", tmp_path / "work", settings=settings, device=torch.device("cpu"), start=MODEL_DIR)
+    before, after = (load_pipeline(folder) for folder in (MODEL_DIR, tmp_path / "shapes"))
+    for part in ("text_encoder", "vae"):
+        kept = getattr(after, part).state_dict()
+        assert all(torch.equal(kept[name], value) for name, value in getattr(before, part).state_dict().items())
+    changed = {name: (after.unet.state_dict()[name] - value).abs().max() for name, value in before.unet.state_dict().items()}
+    assert 0 < max(changed.values()) < 0.1, "the denoiser went on from its weights"
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["denoiser.pt"]
+
+
+def test_a_start_without_a_pipeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no diffusers pipeline"):
+        train(tmp_path / "shapes", tmp_path / "work", settings=Settings(), device=torch.device("cpu"), start=tmp_path)
+    assert not (tmp_path / "shapes").exists()
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:

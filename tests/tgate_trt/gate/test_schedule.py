@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tgate_trt.errors import GateError, InputError
-from tgate_trt.gate.schedule import GateSchedule, check_gate_step, parse_gate_step, planning_steps
+from tgate_trt.gate.schedule import GateSchedule, check_gate_step, parse_gate_step, planning_steps, rounded_up
 
 
 def calls_of(steps: int, order: int, repeats_first: bool = False) -> int:
@@ -50,6 +50,29 @@ def test_fraction_is_always_possible(fraction: float, steps: int) -> None:
     assert abs(gate_step - fraction * steps) <= 1
 
 
+LEVELS = (20.0, 5.0, 2.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("gate_step", "expected"), [("noise:3", 2), ("noise:2", 2), ("noise:1.99", 3), ("noise:30", 1), ("noise:20", 1), ("noise:0.1", 5)]
+)
+def test_a_noise_level_is_the_first_step_with_at_most_this_noise(gate_step: str, expected: int) -> None:
+    assert planning_steps(gate_step, 5, LEVELS) == expected
+
+
+@given(st.floats(1e-4, 1e5))
+def test_a_level_rounded_up_is_near_and_not_below(level: float) -> None:
+    assert level * (1 - 1e-8) <= rounded_up(level) <= level * 1.01
+    assert len(f"{rounded_up(level):e}".partition("e")[0].rstrip("0")) <= len("1.23")
+
+
+@pytest.mark.parametrize("text", ["noise:", "noise:ten", "noise:0", "noise:-1", "noise:nan", "noise:inf"])
+def test_a_noise_level_is_a_positive_number(text: str) -> None:
+    with pytest.raises(InputError, match=r"names a positive number, as in noise:1\.35") as refused:
+        parse_gate_step(text)
+    assert "\n" not in str(refused.value)
+
+
 @given(st.integers(1, 200), st.data())
 def test_schedules_by_property(steps: int, data: st.DataObject) -> None:
     gate_step = data.draw(st.integers(1, steps))
@@ -77,7 +100,9 @@ def test_a_count_above_the_steps_says_what_to_use() -> None:
     assert check_gate_step(11) == 11
 
 
-@pytest.mark.parametrize(("text", "expected"), [("10", 10), ("0.4", 0.4), ("none", "none"), ("1.0", 1.0), ("-3", -3)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("10", 10), ("0.4", 0.4), ("none", "none"), ("noise:1.35", "noise:1.35"), ("1.0", 1.0), ("-3", -3)]
+)
 def test_parse(text: str, expected: object) -> None:
     parsed = parse_gate_step(text)
     assert parsed == expected and type(parsed) is type(expected)

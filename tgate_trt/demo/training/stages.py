@@ -250,10 +250,17 @@ def encode_training_set(
     )
 
 
-def train_unet(encoded: Encoded, recipe: Recipe, bench: Bench) -> UNet2DConditionModel:
-    """Trains a denoiser to predict velocity (Salimans and Ho, 2022), which gives weight to high noise, where positions are decided."""
+def train_unet(encoded: Encoded, recipe: Recipe, bench: Bench, start: UNet2DConditionModel | None = None) -> UNet2DConditionModel:
+    """Trains a denoiser to predict velocity (Salimans and Ho, 2022), which gives weight to high noise, where positions are decided.
+
+    Args:
+        encoded: the training set.
+        recipe: how to optimise.
+        bench: folder, device and seed.
+        start: a trained denoiser to go on with, changed in place; a new one if None.
+    """
     torch.manual_seed(bench.seed)
-    unet = make_unet().to(bench.device, memory_format=torch.channels_last)
+    unet = (start or make_unet()).requires_grad_().to(bench.device, memory_format=torch.channels_last)
     scheduler = make_scheduler()
     signal, noise_share = noise_levels(scheduler)
     count = len(signal)

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tgate_trt.console import reporting
+from tgate_trt.demo.evaluate import load_pipeline
 from tgate_trt.demo.training.architecture import caption_words, make_scheduler, make_tokenizer
 from tgate_trt.demo.training.fitting import Recipe
 from tgate_trt.demo.training.stages import Bench, draw_training_set, encode_training_set, train_text_encoder, train_unet, train_vae
@@ -31,6 +32,8 @@ class Settings:
     text_encoder: Recipe = field(default_factory=lambda: Recipe(steps=500, batch_size=128, learning_rate=1e-3))
     vae: Recipe = field(default_factory=lambda: Recipe(steps=2000, batch_size=16, learning_rate=2e-3, warm_up=50))
     unet: Recipe = field(default_factory=lambda: Recipe(steps=3900, batch_size=32, learning_rate=1.5e-3, warm_up=200, average=0.999))
+    further: Recipe = field(default_factory=lambda: Recipe(steps=2400, batch_size=32, learning_rate=6e-4, average=0.995))
+    """Of a denoiser that is trained already."""
     pictures: int = 8
     """Jittered pictures of each combination in the denoiser's training set."""
     captions: int = 6
@@ -41,29 +44,36 @@ class Settings:
 DEFAULTS = Settings()
 
 
-def train(output: Path, work: Path, *, settings: Settings, device: torch.device) -> None:
-    """Trains every part and writes the pipeline.
+def train(output: Path, work: Path, *, settings: Settings, device: torch.device, start: Path | None = None) -> None:
+    """Trains every part, or only the denoiser of a trained pipeline further, and writes the pipeline.
 
     Args:
         output: folder of the pipeline, in diffusers' format; replaced when the training is done.
         work: folder of the checkpoints.
         settings: recipes and seed.
         device: where to train.
+        start: folder of a trained pipeline, whose other parts are kept.
 
     Raises:
-        InputError: if the work folder belongs to a training with other settings, or `output` holds something other than a pipeline.
+        InputError: if the work folder belongs to a training with other settings, `output` holds something other than a pipeline,
+            or `start` holds none.
     """
     if output.exists() and not (output / "model_index.json").exists() and any(output.iterdir()):
         raise InputError(f"{output} must be empty or hold a diffusers pipeline; other files are not replaced, so choose another --output")
+    trained = None if start is None else load_pipeline(start)
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, device, settings.seed)
-    tokenizer = make_tokenizer(caption_words())
-    text_encoder = train_text_encoder(tokenizer, settings.text_encoder, bench)
     pictures = draw_training_set(settings.pictures, bench)
-    vae = train_vae(pictures, settings.vae, bench)
+    if trained is None:
+        tokenizer = make_tokenizer(caption_words())
+        text_encoder = train_text_encoder(tokenizer, settings.text_encoder, bench)
+        vae = train_vae(pictures, settings.vae, bench)
+        recipe, unet = settings.unet, None
+    else:
+        tokenizer, text_encoder, vae = trained.tokenizer, trained.text_encoder.to(device), trained.vae.to(device)
+        recipe, unet = settings.further, trained.unet.float()
     encoded = encode_training_set(pictures, settings.captions, tokenizer, text_encoder, vae, bench)
-    unet = train_unet(encoded, settings.unet, bench)
-    export(output, tokenizer, text_encoder, vae, unet)
+    export(output, tokenizer, text_encoder, vae, train_unet(encoded, recipe, bench, unet))
     logger.info("wrote %s", output)
 
 
@@ -90,11 +100,13 @@ def export(output: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, 
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write the pipeline to, in diffusers' format.")] = Path("shapes"),
     work: Annotated[Path | None, typer.Option(help="Folder of the checkpoints. [default: OUTPUT.work]")] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of a trained pipeline, whose denoiser alone is trained further.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda. [default: cuda if there is a GPU]")] = "",
     seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = DEFAULTS.seed,
     text_steps: Annotated[int, typer.Option(min=1, help="Steps of the text encoder.")] = DEFAULTS.text_encoder.steps,
     vae_steps: Annotated[int, typer.Option(min=1, help="Steps of the autoencoder.")] = DEFAULTS.vae.steps,
-    unet_steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = DEFAULTS.unet.steps,
+    unet_steps: Annotated[int, typer.Option(min=1, help="Steps of a new denoiser.")] = DEFAULTS.unet.steps,
+    further_steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser of --start.")] = DEFAULTS.further.steps,
 ) -> None:
     """Trains the demo model on pictures that this program draws, and resumes a run that was stopped."""
     settings = replace(
@@ -103,9 +115,10 @@ def main(
         text_encoder=replace(DEFAULTS.text_encoder, steps=text_steps),
         vae=replace(DEFAULTS.vae, steps=vae_steps),
         unet=replace(DEFAULTS.unet, steps=unet_steps),
+        further=replace(DEFAULTS.further, steps=further_steps),
     )
     with reporting(verbose=False, interrupted="stopped; the same command continues from the last checkpoint"):
-        train(output, work or output.with_name(f"{output.name}.work"), settings=settings, device=_device(device))
+        train(output, work or output.with_name(f"{output.name}.work"), settings=settings, device=_device(device), start=start)
 
 
 def _device(name: str) -> torch.device:
