@@ -77,11 +77,14 @@ def test_a_second_build_returns_and_says_why(run: Run, bundle: Path, tiny_sd: Pa
 def test_pictures_side_by_side(run: Run, bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "sheet.png"
     prompts = ("--prompt", "a cat", "--prompt", "a dog")
-    gates = ("--gate-step", "none", "--gate-step", 1, "--after-gate", "negative", "--after-gate", "fading")
+    gates = ("--gate-step", "none", "--gate-step", 1, "--gate-step", "noise:1e9", "--after-gate", "negative", "--after-gate", "fading")
     result = run(generate.app, bundle, *prompts, "--steps", 3, *gates, "--output", output)
     assert result.exit_code == 0, result.output
-    columns = [line.split("  ")[0].strip() for line in result.output.splitlines()[1:4]]
-    assert columns == ["vanilla", "gate step 1", "gate step 1, fading"], "vanilla has nothing after its gate"
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.output.splitlines()[1:6]]
+    gated = ["gate step 1", "gate step 1, fading", "gate noise:1e9", "gate noise:1e9, fading"]
+    assert [row[0] for row in rows] == ["vanilla", *gated], "vanilla has nothing after its gate"
+    assert rows[0][-1] == "100% of vanilla's"
+    assert {row[-1] for row in rows[1:]} == {"65% of vanilla's"}, "one of three steps, then half of the rows and no cross-attention"
     assert str(output) in result.output
     assert Image.open(output).width > 3 * 64
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
@@ -160,6 +163,7 @@ def test_build_refuses_bad_input(
         (["--gate-step", "26"], "gate_step=26 is more than the 25 steps"),
         (["--gate-step", "1.5"], "between 0 and 1"),
         (["--gate-step", "half"], "a gate step is a number of steps"),
+        (["--gate-step", "noise:half"], "names a positive number, as in noise:1.35"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--scheduler", "dpm"], "there is no scheduler 'dpm'"),
         (["--backend", "openvino"], "there is no backend 'openvino'"),

@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
             "load_average_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in _PACKAGES}},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
     }
 
 
@@ -152,17 +152,24 @@ def _gpu_model() -> str | None:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def _commit() -> str | None:
-    """The commit of the source, marked where files differ from it; None outside a checkout."""
-    head = _git(("rev-parse", "HEAD"))
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout around a folder, marked where files outside ``docs`` differ from it; None outside a checkout.
+
+    Results lie in ``docs``, so that one measurement after another is still of the commit.
+    """
+    head = _git(folder, ("rev-parse", "HEAD"))
     if head is None:
         return None
-    return f"{head} with changes" if _git(("status", "--porcelain", "--untracked-files=no")) else head
+    return (
+        f"{head} with changes"
+        if _git(folder, ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"))
+        else head
+    )
 
 
-def _git(arguments: Sequence[str]) -> str | None:
+def _git(folder: Path, arguments: Sequence[str]) -> str | None:
     try:
-        done = subprocess.run(("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=False)
+        done = subprocess.run(("git", "-C", str(folder), *arguments), capture_output=True, text=True, check=False)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from tgate_trt.bench.macs import Macs, macs_of_graph
 from tgate_trt.bench.settings import COMPILED, OFFICIAL, Setting
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
@@ -20,6 +19,7 @@ from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.export.macs import Macs, macs_of_graph
 from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING, GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.running.drawing import Drawing, draw, prepare

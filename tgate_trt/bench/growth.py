@@ -22,11 +22,12 @@ import torch
 from tgate_trt import children
 from tgate_trt.analysis.record import environment
 from tgate_trt.bench import build_cost
-from tgate_trt.bench.macs import macs_of_graph, rows_of_step
+from tgate_trt.bench.macs import rows_of_step
 from tgate_trt.bench.memory import INTERVAL, watching
 from tgate_trt.bench.spread import spread
 from tgate_trt.bundle.backends import ONNXRUNTIME
 from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.export.macs import macs_of_graph
 from tgate_trt.export.verify import random_inputs
 from tgate_trt.models.resolve import resolve
 from tgate_trt.models.source import ModelSource

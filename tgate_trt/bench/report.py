@@ -140,6 +140,30 @@ def _quality(record: Mapping[str, Any]) -> Table:
     return Table(f"Quality: {_subject(record)}", ("method", *columns), rows, notes)
 
 
+def _spacings(record: Mapping[str, Any]) -> Iterator[Table]:
+    columns: Columns = {
+        "spacing": lambda row: row["name"],
+        "steps": lambda row: str(row["gates"][0]["steps"]) + ("" if row["strength"] is None else f" of {row['steps']}"),
+        "vanilla": lambda row: _share(row["gates"][0]["right"]),
+    }
+    for place, gate in enumerate(record["settings"]["gates"][1:], start=1):
+        columns |= {f"g of {gate}": partial(_planning_of, place), f"right with {gate}": partial(_right_of, place)}
+    notes = (
+        f"{record['settings']['samples']} captions, the same noise in each row; fully right pictures, in brackets 95 % intervals.",
+        "**g** is the number of planning steps.",
+        "Image to image starts from the caption's picture with its shape in another colour.",
+    )
+    yield _table(f"One gate for every spacing: {_subject(record)}", record["results"], columns, notes)
+
+
+def _planning_of(place: int, row: Mapping[str, Any]) -> str:
+    return str(row["gates"][place]["planning_steps"])
+
+
+def _right_of(place: int, row: Mapping[str, Any]) -> str:
+    return _share(row["gates"][place]["right"])
+
+
 def _macs(record: Mapping[str, Any]) -> Iterator[Table]:
     models: list[dict[str, Any]] = record["results"]
     columns: Columns = {
@@ -260,6 +284,7 @@ def _probe(record: Mapping[str, Any]) -> Iterator[Table]:
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
     "pictures": _pictures,
+    "spacings": _spacings,
     "macs": _macs,
     "growth": _growth,
     "build": _build,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tgate_trt.analysis.record import describe, environment, read, record_of
-from tgate_trt.bench import build_cost, growth, kernels, macs, probe
+from tgate_trt.bench import build_cost, growth, kernels, macs, probe, spacings
 from tgate_trt.bench.measure import Plan, conditions_of, prepare
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError
@@ -56,6 +56,14 @@ def pictures(plan: Plan, quality: QualityPlan | None, command: str) -> Iterator[
     if plan.memory:  # in processes of their own, when this one has freed its engines
         measurement.measure_memory()
         yield record(measurement.results(), judged)
+
+
+def judge_spacings(bundle: Path, samples: int, seed: int, backend: str | None, command: str) -> Iterator[Record]:
+    """Judge the demo model's default gate on every spacing of the steps; see `tgate_trt.bench.spacings`."""
+    before, opened = environment(), Bundle.open(bundle)
+    settings = {"samples": samples, "seed": seed, "backend": backend, "gates": list(spacings.gates_of(opened))}
+    for rows in spacings.measure(opened, samples, seed, backend):
+        yield record_of("spacings", command, before, settings, rows, describe(opened))
 
 
 def count_macs(names: Sequence[str], command: str) -> Iterator[Record]:

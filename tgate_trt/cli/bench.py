@@ -91,6 +91,28 @@ def run(
 
 
 @app.command()
+def spacings(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle of the demo model, whose pictures a program can read.")],
+    samples: Annotated[int, typer.Option(min=1, help="Pictures of each; held-out captions are taken in turn.")] = 102,
+    seed: Annotated[int, typer.Option(help="Of the captions' wordings and of the first picture.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Engines to draw with. [default: the first that runs here]")] = None,
+    json_file: Json = None,
+    markdown: Markdown = None,
+    verbose: Verbose = False,
+) -> None:
+    """Judge one gate on every spacing of the steps: a noise level beside a fixed fraction of the steps.
+
+    Trailing, leading and Karras spacing, 8 to 50 steps, image to image, and every scheduler.
+
+    For example: `tgate-bench spacings bundles/shapes-64x64-fp32`
+    """
+    with reporting(verbose):
+        from tgate_trt.bench import suite
+
+        _show(suite.judge_spacings(bundle, samples, seed, backend, _command()), json_file, markdown)
+
+
+@app.command()
 def macs(
     models: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Models. [default: sd15 sd21 sdxl]")] = None,
     json_file: Json = None,

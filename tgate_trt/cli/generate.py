@@ -55,7 +55,8 @@ def generate(
     """
     with reporting(verbose):
         from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
-        from tgate_trt.running.drawing import Drawing, check_output, draw_columns, save
+        from tgate_trt.running.drawing import Drawing, draw_columns
+        from tgate_trt.running.sheet import check_output, save
 
         drawing = Drawing(
             prompts=tuple(text for text in prompt for _ in range(images)),
@@ -76,10 +77,11 @@ def generate(
             threads=threads,
         )
         paths = save(columns, drawing, output)
-        table = Table("gate step", "pictures", "time", "against the first", box=None)
+        table = Table("gate", "pictures", "time", "against the first", "work", box=None)
         for column in columns:
             ratio = columns[0].seconds / column.seconds
-            table.add_row(column.label, str(len(column.pictures)), f"{column.seconds:.2f} s", f"{ratio:.2f}× as fast")
+            work = "" if column.work is None else f"{column.work:.0%} of vanilla's"
+            table.add_row(column.label, str(len(column.pictures)), f"{column.seconds:.2f} s", f"{ratio:.2f}× as fast", work)
         console.print(table)
         for path in paths:
             console.print(str(path))

@@ -97,6 +97,15 @@ class _Run:
         return self.rows // 2 if self.guided else self.rows
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """What the latest run did."""
+
+    schedule: GateSchedule
+    guided: bool
+    """Whether its steps before the gate had two rows for each image."""
+
+
 class GatedDenoiser(StandIn):
     """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
 
@@ -205,6 +214,17 @@ class GatedDenoiser(StandIn):
     def after_gate(self, after_gate: str) -> None:
         after_gate_of(after_gate)
         self._after_gate = after_gate
+
+    @property
+    def latest_run(self) -> FinishedRun:
+        """The run that began last.
+
+        Raises:
+            GateError: before the first.
+        """
+        if self._run is None:
+            raise GateError("this denoiser has made no run; draw a picture first")
+        return FinishedRun(self._run.schedule, self._run.guided or self._run.lost_guidance)
 
     @property
     def device(self) -> torch.device:

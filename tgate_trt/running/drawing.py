@@ -1,28 +1,24 @@
-"""What is drawn, the one way to draw it, and the files that show several gates side by side."""
+"""What is drawn, and the one way to draw it, with one gate or with several."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from torch import Tensor
 
 from tgate_trt.bundle.bundle import Bundle
+from tgate_trt.bundle.manifest import graph_file
 from tgate_trt.errors import InputError
-from tgate_trt.files import replacing
+from tgate_trt.export.macs import macs_of_graph
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, after_gate_of
-from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.denoiser import FinishedRun, GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, noise_of, parse_gate_step, planning_steps
 from tgate_trt.running.pipeline import load
 
@@ -41,14 +37,7 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """diffusers' class and settings of each scheduler, by the name that the commands take."""
 
-_CELL = 192
-"""Smallest side of a picture on a sheet, in pixels."""
-_MARGIN, _LABEL = 12, 22
 _LARGEST_SEED = 2**63 - 1
-
-FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Pillow's name of each kind of file that pictures are written to."""
-_EXIF_USER_COMMENT, _EXIF_IFD = 0x9286, 0x8769
 
 
 @dataclass(frozen=True)
@@ -178,6 +167,12 @@ class Column:
     """Time of all pictures, after one warm-up and without loading."""
     gate_step: GateStep
     after_gate: str
+    steps: int
+    """Of the run of each picture."""
+    planning_steps: int
+    """Those of them before the gate."""
+    work: float | None = None
+    """Multiply-accumulates of the denoiser as a share of those without a gate; None if the bundle holds no graphs to count."""
 
 
 def draw_columns(
@@ -216,9 +211,8 @@ def draw_columns(
         after_gate_of(mode)
     pipeline = prepare(load(opened, backend=backend, threads=threads), drawing.scheduler)
     _refuse_what_cannot_draw(pipeline, drawing.steps)
-    denoiser = getattr(pipeline, opened.manifest.model.attribute)
     return [
-        _column(pipeline, denoiser, list(drawing.batches(batch_size)), gate_step, mode)
+        _column(pipeline, opened, list(drawing.batches(batch_size)), gate_step, mode)
         for gate_step in gates
         for mode in (after_gate if gate_step != NONE else after_gate[:1])
     ]
@@ -239,113 +233,36 @@ def _refuse_what_cannot_draw(pipeline: Any, steps: int) -> None:
         raise InputError(f"{type(pipeline.scheduler).__name__} has {most} steps at most, got {steps}; choose fewer steps")
 
 
-def _column(pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str) -> Column:
+def _column(pipeline: Any, bundle: Bundle, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str) -> Column:
     """Draw every batch with one gate, after a run of two steps that warms up both engines."""
+    denoiser: GatedDenoiser = getattr(pipeline, bundle.manifest.model.attribute)
     denoiser.after_gate = after_gate
     denoiser.gate_step = gate_step if gate_step == NONE else 1
     draw(pipeline, replace(batches[0], steps=2))
     denoiser.gate_step = gate_step
     start = time.perf_counter()
     pictures = tuple(picture for batch in batches for picture in draw(pipeline, batch))
-    return Column(label_of(gate_step, after_gate), pictures, time.perf_counter() - start, gate_step, after_gate)
+    seconds = time.perf_counter() - start
+    run = denoiser.latest_run
+    label, work = label_of(gate_step, after_gate), _work(bundle, run)
+    return Column(label, pictures, seconds, gate_step, after_gate, run.schedule.steps, run.schedule.gate_step, work)
+
+
+def _work(bundle: Bundle, run: FinishedRun) -> float | None:
+    """Multiply-accumulates of a run as a share of those without a gate; None if the bundle holds no graphs to count."""
+    graphs = [graph_file(name) for name in ("planning", "fidelity")]
+    if not bundle.manifest.files.keys() >= set(graphs):
+        return None
+    rows = (2 if run.guided else 1), 1
+    planning, fidelity = (macs_of_graph(bundle.folder / graph, each).linear for graph, each in zip(graphs, rows, strict=True))
+    calls = run.schedule.calls
+    planned = sum(run.schedule.is_planning(call) for call in range(calls))
+    return (planned * planning + (calls - planned) * fidelity) / (calls * planning)
 
 
 def label_of(gate_step: GateStep, after_gate: str) -> str:
     """The label of a gate; it names what follows the gate unless that is the default."""
     if gate_step == NONE:
         return "vanilla"
-    return f"gate step {gate_step}" + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")
-
-
-def check_output(output: Path | None) -> None:
-    """Check before drawing that pictures can be written to a file or folder; see `save`.
-
-    Raises:
-        InputError: if they cannot.
-    """
-    if output is None:
-        return
-    if output.suffix and output.suffix.lower() not in FORMATS and not output.is_dir():
-        raise InputError(f"--output takes a {', '.join(FORMATS)} file or a folder, got {output}; choose another --output")
-    folder = output if output.suffix.lower() not in FORMATS else output.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output") from error
-    if output.is_dir() and output.suffix.lower() in FORMATS:
-        raise InputError(f"{output} is a folder, and its name is that of a file; choose another --output")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to {folder}: Permission denied; choose another --output")
-
-
-def save(columns: Sequence[Column], drawing: Drawing, output: Path | None) -> list[Path]:
-    """Write the pictures: one picture or one sheet into a file, or each picture into a folder, with the settings in their metadata.
-
-    Args:
-        columns: the result of `draw_columns`.
-        drawing: the drawing that `draw_columns` took.
-        output: a file of `FORMATS`, or a folder; ``pictures/<prompt>.png`` if None.
-
-    Returns:
-        The files.
-
-    Raises:
-        InputError: if a file cannot be written.
-    """
-    output = output or Path("pictures") / f"{_slug(drawing.prompts[0])}.png"
-    check_output(output)
-    try:
-        if output.suffix.lower() in FORMATS:
-            single = columns[0].pictures[0] if len(columns) == 1 and len(columns[0].pictures) == 1 else None
-            _save(single or sheet(columns, drawing.prompts), output, _settings(drawing, columns, range(len(drawing.prompts))))
-            return [output]
-        paths = []
-        for column in columns:
-            for index, picture in enumerate(column.pictures):
-                paths.append(output / f"{index:03d}-{_slug(column.label)}.png")
-                _save(picture, paths[-1], _settings(drawing, [column], [index]))
-        return paths
-    except OSError as error:
-        raise InputError(f"cannot write to {output}: {error.strerror or error}; choose another --output") from error
-
-
-def _settings(drawing: Drawing, columns: Sequence[Column], indices: Sequence[int]) -> str:
-    """What a file shows, as JSON: the settings of the drawing, and prompts, seeds and gates of its pictures."""
-    common = {name: value for name, value in vars(drawing).items() if name not in ("prompts", "seed") and value is not None}
-    pictures = [{"prompt": drawing.prompts[index], "seed": drawing.seed + index} for index in indices]
-    gates = [{"gate_step": column.gate_step, "after_gate": column.after_gate} for column in columns]
-    return json.dumps({"software": f"tgate-trt {metadata.version('tgate-trt')}", **common, "pictures": pictures, "gates": gates})
-
-
-def sheet(columns: Sequence[Column], captions: Sequence[str]) -> Image.Image:
-    """All pictures in one image: a row for each picture, under its caption, and a column for each gate."""
-    width, height = columns[0].pictures[0].size
-    scale = max(1, -(-_CELL // min(width, height)))
-    cell_width, cell_height = width * scale + _MARGIN, height * scale + _LABEL + _MARGIN
-    font = ImageFont.load_default(size=13)
-    widest = max(int(font.getlength(caption)) for caption in captions)
-    page_size = max(len(columns) * cell_width, widest) + _MARGIN, _LABEL + _MARGIN + len(captions) * cell_height
-    page = Image.new("RGB", page_size, "white")
-    canvas = ImageDraw.Draw(page)
-    for x, column in enumerate(columns):
-        canvas.text((_MARGIN + x * cell_width, _MARGIN), f"{column.label}: {column.seconds:.2f} s", "black", font)
-        for y, picture in enumerate(column.pictures):
-            top = _LABEL + _MARGIN + y * cell_height
-            page.paste(picture.resize((width * scale, height * scale), Image.Resampling.NEAREST), (_MARGIN + x * cell_width, top + _LABEL))
-    for y, caption in enumerate(captions):
-        canvas.text((_MARGIN, _LABEL + _MARGIN + y * cell_height + 2), caption, "dimgray", font)
-    return page
-
-
-def _save(picture: Image.Image, path: Path, settings: str) -> None:
-    """Write a picture, whole or not at all: PNG has its settings in the text ``parameters``, the others in EXIF's user comment."""
-    text, exif = PngInfo(), picture.getexif()
-    text.add_text("parameters", settings)
-    exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
-    kind = FORMATS[path.suffix.lower()]
-    with replacing(path) as partial:
-        picture.save(partial, format=kind, quality=95, **({"pnginfo": text} if kind == "PNG" else {"exif": exif}))
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:60] or "picture"
+    gate = f"gate step {gate_step}" if noise_of(gate_step) is None else f"gate {gate_step}"
+    return gate + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from typer.testing import Result
 
 from tgate_trt.analysis import study
 from tgate_trt.analysis.convergence import ALL_LAYERS
-from tgate_trt.analysis.record import SCHEMA, read
+from tgate_trt.analysis.record import SCHEMA, commit_of, read
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.cli import analyze
 
@@ -69,6 +70,10 @@ def test_results_are_whole(record: dict[str, Any]) -> None:
     assert null_text["text first"]["at"] == [0, 1, 2, 3, 4]
     assert null_text["text first"]["distance"]["mean"][-1] == null_text["text last"]["distance"]["mean"][0] == 0
     assert results["suggestion"]["rule"] == "by_convergence"
+    levels = results["noise_levels"]
+    assert len(levels) == STEPS and levels == sorted(levels, reverse=True)
+    suggested = results["suggestion"]["gate_step"]
+    assert results["suggestion"]["noise"] == (None if suggested == STEPS else pytest.approx(levels[suggested], rel=0.01))
 
 
 def test_a_model_becomes_a_bundle_first(run: Run, tiny_sd_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +90,22 @@ def test_a_model_becomes_a_bundle_first(run: Run, tiny_sd_configs: Path, tmp_pat
     assert results["convergence"] is results["null_text"] is results["suggestion"]["gate_step"] is None
     assert results["gate"]["distance"]["low"] == results["gate"]["distance"]["mean"]
     assert not (tmp_path / "analysis").exists()
+
+
+def test_a_commit_is_marked_where_its_source_was_changed(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) is None
+    for name in ("source/a.py", "docs/results/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("1")
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "--quiet"), ("add", "."), ("commit", "--quiet", "-m", "first")):
+        subprocess.run((*git, *arguments), check=True)
+    clean = commit_of(tmp_path / "source")
+    assert clean is not None and re.fullmatch(r"[0-9a-f]{40}", clean)
+    (tmp_path / "docs/results/a.json").write_text("2")
+    assert commit_of(tmp_path / "source") == clean, "results of an earlier measurement are no changes"
+    (tmp_path / "source/a.py").write_text("2")
+    assert commit_of(tmp_path / "source") == f"{clean} with changes"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

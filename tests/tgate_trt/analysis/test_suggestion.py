@@ -64,6 +64,15 @@ def test_accuracy_decides_where_it_is_known() -> None:
     assert found.to_json()["by_accuracy"]["p"][2] == pytest.approx(1 / 8)
 
 
+def test_a_suggestion_is_a_noise_level_too() -> None:
+    levels = (30.0, 8.0, 3.0, 1.384, 0.5, 0.1)
+    data = suggest(FALLING, series(20, 10, 3, 0, pictures=30)).to_json(levels)
+    assert (data["gate_step"], data["noise"], data["by_convergence"]["noise"]) == (3, 1.39, 0.1)
+    at_the_end = suggest(None, series(*[30] * 5, 0, pictures=30)).to_json(levels)
+    assert (at_the_end["gate_step"], at_the_end["noise"]) == (6, None), "no step comes after this gate"
+    assert suggest(FALLING, None).to_json()["noise"] is None
+
+
 def test_convergence_decides_elsewhere() -> None:
     unscored = Series((1, 2), (Outcome(torch.ones(30), None), Outcome(torch.zeros(30), None)))
     for gates in (None, unscored, series(9, 0, pictures=19)):

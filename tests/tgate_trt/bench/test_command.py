@@ -206,7 +206,7 @@ def test_wrong_usage_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
     assert run(app, *arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["run", "macs", "growth", "build", "kernels", "probe"])
+@pytest.mark.parametrize("command", ["run", "spacings", "macs", "growth", "build", "kernels", "probe"])
 def test_each_command_has_a_help_of_its_own(run: Run, command: str) -> None:
     done = run(app, command, "--help")
     assert done.exit_code == 0

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import tgate_trt
 from tgate_trt.demo import MODEL_DIR
 from tgate_trt.demo.dataset import examples
 from tgate_trt.demo.evaluate import load_pipeline
 from tgate_trt.errors import InputError
-from tgate_trt.running.drawing import FORMATS, Column, Drawing, check_output, draw, draw_columns, save, to_bytes
+from tgate_trt.running.drawing import Drawing, draw, draw_columns, to_bytes
 
 
 def dice(prompt: list[str], *, generator: list[torch.Generator], **settings: Any) -> SimpleNamespace:
@@ -69,43 +68,6 @@ def test_bytes_are_those_of_the_pictures_in_any_batch() -> None:
     files = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(64, 64, 3) for picture in draw(pipeline, drawing)]
     assert torch.equal(together, torch.stack(files).permute(0, 3, 1, 2))
     assert (together[0].int() - together[1].int()).abs().max() > 25
-
-
-# Files
-
-
-def columns_of(count: int) -> list[Column]:
-    pictures = tuple(Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(count))
-    return [Column("gate step 2", pictures, 1.0, 2, "negative")]
-
-
-@pytest.mark.parametrize(("suffix", "kind"), FORMATS.items())
-@pytest.mark.parametrize("count", [1, 2])
-def test_every_kind_of_file_has_its_settings(suffix: str, kind: str, count: int, tmp_path: Path) -> None:
-    drawing = Drawing(tuple(f"prompt {index} ×" for index in range(count)), negative_prompt="blur", steps=4, seed=7, scheduler="ddim")
-    (path,) = save(columns_of(count), drawing, tmp_path / f"new/picture{suffix}")
-    with Image.open(path) as picture:
-        assert picture.format == kind
-        text = picture.info.get("parameters") or picture.getexif().get_ifd(0x8769)[0x9286].removeprefix(b"UNICODE\0").decode("utf-16-be")
-    settings = json.loads(text)
-    assert settings["pictures"] == [{"prompt": f"prompt {index} ×", "seed": 7 + index} for index in range(count)]
-    assert (settings["negative_prompt"], settings["steps"], settings["scheduler"]) == ("blur", 4, "ddim")
-    assert settings["gates"] == [{"gate_step": 2, "after_gate": "negative"}]
-
-
-def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
-    paths = save(columns_of(2), Drawing(("a", "b"), seed=3), tmp_path / "folder")
-    assert [path.name for path in paths] == ["000-gate-step-2.png", "001-gate-step-2.png"]
-    with Image.open(paths[1]) as picture:
-        assert json.loads(picture.info["parameters"])["pictures"] == [{"prompt": "b", "seed": 4}]
-
-
-@pytest.mark.parametrize("name", ["out.bmp", "out.tiff", "folder.png", "file/out.png"])
-def test_a_place_that_takes_no_pictures_is_refused_before_drawing(name: str, tmp_path: Path) -> None:
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="choose another --output"):
-        check_output(tmp_path / name)
 
 
 @pytest.mark.parametrize("seed", [10**20, -1, 2**63 - 1])
