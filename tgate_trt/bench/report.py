@@ -142,7 +142,7 @@ def _quality(record: Mapping[str, Any]) -> Table:
 
 def _spacings(record: Mapping[str, Any]) -> Iterator[Table]:
     columns: Columns = {
-        "spacing": lambda row: row["name"],
+        "spacing": lambda row: row["label"],
         "steps": lambda row: str(row["gates"][0]["steps"]) + ("" if row["strength"] is None else f" of {row['steps']}"),
         "vanilla": lambda row: _share(row["gates"][0]["right"]),
     }
@@ -151,7 +151,6 @@ def _spacings(record: Mapping[str, Any]) -> Iterator[Table]:
     notes = (
         f"{record['settings']['samples']} captions, the same noise in each row; fully right pictures, in brackets 95 % intervals.",
         "**g** is the number of planning steps.",
-        "Image to image starts from the caption's picture with its shape in another colour.",
     )
     yield _table(f"One gate for every spacing: {_subject(record)}", record["results"], columns, notes)
 

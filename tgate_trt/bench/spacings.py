@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,17 +38,37 @@ class Spacing:
     """Of the scheduler, beside its own."""
     strength: float | None = None
     """Of image to image, which begins with less noise; None for text to image."""
+    start: str | None = None
+    """The pictures that image to image begins from, a key of `STARTS`."""
 
+    @property
+    def label(self) -> str:
+        """The name in tables."""
+        return self.name if self.strength is None else f"{self.name}, strength {self.strength:g}, from {self.start}"
+
+
+def recoloured(captioned: Captioned) -> Image.Image:
+    """The picture of a caption with its shape in the next colour, so that the text has to change the picture."""
+    combination = captioned.combination
+    colours = [colour for colour in OBJECT_COLOURS if colour != combination.background]
+    other = colours[(colours.index(combination.colour) + 1) % len(colours)]
+    return draw_true(replace(combination, colour=other))
+
+
+STARTS: Mapping[str, Callable[[Captioned], Image.Image]] = {
+    "the caption's picture": lambda captioned: draw_true(captioned.combination),
+    "another colour": recoloured,
+}
+"""The picture of each caption that image to image begins from."""
 
 SPACINGS = (
     Spacing("trailing"),
     Spacing("leading", settings={"timestep_spacing": "leading"}),
-    Spacing("Karras", settings={"use_karras_sigmas": True}),
+    Spacing("Karras", scheduler="euler", settings={"use_karras_sigmas": True}),
     Spacing("trailing", 8),
     Spacing("trailing", 12),
     Spacing("trailing", 50),
-    Spacing("image to image, strength 0.4", strength=0.4),
-    Spacing("image to image, strength 0.7", strength=0.7),
+    *(Spacing("image to image", strength=strength, start=start) for start in STARTS for strength in (0.4, 0.7)),
     *(Spacing(name, scheduler=name) for name in SCHEDULERS),
 )
 
@@ -85,7 +105,7 @@ def measure(bundle: Bundle, samples: int, seed: int, backend: str | None) -> Ite
         pipeline.scheduler = own
         made = scheduler_of(pipeline, spacing.scheduler)
         pipeline.scheduler = type(made).from_config(made.config, **spacing.settings)
-        row = dataclasses.asdict(spacing) | {"gates": []}
+        row = dataclasses.asdict(spacing) | {"label": spacing.label, "gates": []}
         for gate in gates:
             row["gates"].append(_judged(pipeline, bundle, spacing, captioned, gate, seed))
         rows.append(row)
@@ -99,10 +119,10 @@ def _judged(pipeline: Any, bundle: Bundle, spacing: Spacing, captioned: Sequence
     drawing = Drawing(tuple(each.caption for each in captioned), steps=spacing.steps, seed=seed).of(bundle)
     pictures = []
     for start, batch in zip(range(0, len(captioned), _BATCH_SIZE), drawing.batches(_BATCH_SIZE), strict=True):
-        if spacing.strength is None:
+        if spacing.strength is None or spacing.start is None:
             pictures += draw(pipeline, batch)
         else:
-            begun = [recoloured(each) for each in captioned[start : start + _BATCH_SIZE]]
+            begun = [STARTS[spacing.start](each) for each in captioned[start : start + _BATCH_SIZE]]
             pictures += draw(_from_pictures(pipeline), replace(batch, height=None, width=None), image=begun, strength=spacing.strength)
     schedule = denoiser.latest_run.schedule
     right = sum(read(picture).matches(each.combination) for picture, each in zip(pictures, captioned, strict=True))
@@ -119,11 +139,3 @@ def _from_pictures(pipeline: Any) -> Any:
     from diffusers import StableDiffusionImg2ImgPipeline
 
     return prepare(StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False), None)
-
-
-def recoloured(captioned: Captioned) -> Image.Image:
-    """The picture of a caption with its shape in the next colour, from which image to image has to find the caption's."""
-    combination = captioned.combination
-    colours = [colour for colour in OBJECT_COLOURS if colour != combination.background]
-    other = colours[(colours.index(combination.colour) + 1) % len(colours)]
-    return draw_true(replace(combination, colour=other))

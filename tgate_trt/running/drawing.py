@@ -29,7 +29,8 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
+    # Heun's first step is a trapezoid: from a level without any signal, where trailing steps may begin, it would be far too long.
+    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}),
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ from typer.testing import Result
 
 import tgate_trt
 from tgate_trt.bench import spacings
-from tgate_trt.bench.spacings import SPACINGS, Spacing, recoloured
+from tgate_trt.bench.spacings import SPACINGS, STARTS, Spacing, gates_of, recoloured
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.cli.bench import app
 from tgate_trt.demo.dataset import examples
 from tgate_trt.demo.scorer import read
+from tgate_trt.errors import InputError
 from tgate_trt.running.drawing import SCHEDULERS
 
 
@@ -27,7 +30,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_spacings_are_all_that_the_page_shows() -> None:
     assert {spacing.scheduler for spacing in SPACINGS} == {None, *SCHEDULERS}
     assert {spacing.steps for spacing in SPACINGS} == {8, 12, 25, 50}
-    assert {spacing.strength for spacing in SPACINGS} == {None, 0.4, 0.7}
+    assert {(spacing.strength, spacing.start) for spacing in SPACINGS} == {(None, None), *itertools.product((0.4, 0.7), STARTS)}
 
 
 def test_a_gate_at_a_noise_level_follows_the_spacing(
@@ -35,8 +38,8 @@ def test_a_gate_at_a_noise_level_follows_the_spacing(
 ) -> None:
     short = (
         Spacing("trailing", 10),
-        Spacing("Karras", 10, settings={"use_karras_sigmas": True}),
-        Spacing("from a picture", 10, strength=0.5),
+        Spacing("Karras", 10, "euler", {"use_karras_sigmas": True}),
+        Spacing("image to image", 10, strength=0.5, start="another colour"),
     )
     monkeypatch.setattr(spacings, "SPACINGS", short)
     done = run(app, "spacings", bundle.folder, "--samples", 3, "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md")
@@ -52,9 +55,10 @@ def test_a_gate_at_a_noise_level_follows_the_spacing(
     assert f"| g of {noise} | right with {noise} |" in (tmp_path / "a.md").read_text(encoding="utf-8")
 
 
-def test_only_the_demo_models_pictures_can_be_read(error_of: Callable[..., str], tiny_sd: Path, tmp_path: Path) -> None:
-    other = tgate_trt.build(tiny_sd, tmp_path / "other", verify=False, components=False)
-    assert "spacings are judged by the captions of the model 'shapes'" in error_of(app, "spacings", other.folder)
+def test_only_the_demo_models_pictures_can_be_read(bundle: Bundle) -> None:
+    other = replace(bundle.manifest, model=replace(bundle.manifest.model, name="sdxl"))
+    with pytest.raises(InputError, match="spacings are judged by the captions of the model 'shapes', got 'sdxl'"):
+        gates_of(Bundle(bundle.folder, other))
 
 
 def test_image_to_image_starts_from_another_colour() -> None:

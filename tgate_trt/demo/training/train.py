@@ -8,21 +8,24 @@ import logging
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tgate_trt.console import reporting
 from tgate_trt.demo.evaluate import load_pipeline
-from tgate_trt.demo.training.architecture import caption_words, make_scheduler, make_tokenizer
+from tgate_trt.demo.training.architecture import caption_words, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from tgate_trt.demo.training.fitting import Recipe
 from tgate_trt.demo.training.stages import Bench, draw_training_set, encode_training_set, train_text_encoder, train_unet, train_vae
 from tgate_trt.errors import InputError
 
 logger = logging.getLogger("tgate_trt.demo.training.train")  # as a command, this module is `__main__`
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,34 @@ def train(output: Path, work: Path, *, settings: Settings, device: torch.device,
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, device, settings.seed)
     pictures = draw_training_set(settings.pictures, bench)
+    tokenizer = make_tokenizer(caption_words())
     if trained is None:
-        tokenizer = make_tokenizer(caption_words())
         text_encoder = train_text_encoder(tokenizer, settings.text_encoder, bench)
         vae = train_vae(pictures, settings.vae, bench)
         recipe, unet = settings.unet, None
     else:
-        tokenizer, text_encoder, vae = trained.tokenizer, trained.text_encoder.to(device), trained.vae.to(device)
-        recipe, unet = settings.further, trained.unet.float()
+        text_encoder = _with_weights(make_text_encoder(tokenizer), trained.text_encoder).to(device).eval().requires_grad_(False)
+        vae = _with_weights(make_vae(), trained.vae).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        vae.register_to_config(scaling_factor=trained.vae.config.scaling_factor)
+        recipe, unet = settings.further, _with_weights(make_unet(), trained.unet)
     encoded = encode_training_set(pictures, settings.captions, tokenizer, text_encoder, vae, bench)
     export(output, tokenizer, text_encoder, vae, train_unet(encoded, recipe, bench, unet))
     logger.info("wrote %s", output)
+
+
+def _with_weights(part: _Part, trained: nn.Module) -> _Part:
+    """A new part of the pipeline with the weights of a trained one, in fp32.
+
+    Raises:
+        InputError: if that has another architecture.
+    """
+    try:
+        part.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise InputError(
+            f"the {type(part).__name__} of --start is not that of the demo model; choose a pipeline that this wrote"
+        ) from error
+    return part
 
 
 def export(output: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
