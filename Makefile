@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 export PYTHONSAFEPATH := 1
 
 DEMO_BUNDLE := bundles/shapes-64x64-fp32
-PICTURES := --prompt "a small red circle at the top right on a white background" \
+PICTURES := --prompt "a large red circle at the top right on a white background" \
   --prompt "a large yellow square at the top left on a green background" \
   --prompt "a large blue triangle at the center on a black background" \
   --prompt "a small purple cross at the top left on a black background"
@@ -19,7 +19,7 @@ help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
 	@echo "make test    run the whole suite, in an order of its own each time"
 	@echo "make check   ruff and mypy --strict"
-	@echo "make bench   measure on this machine, into docs/results/ (an hour or two on two cores)"
+	@echo "make bench   measure on this machine, into docs/results/ (two or three hours on two cores)"
 	@echo "make bench-gpu   the same on a machine with an NVIDIA GPU, its tests first"
 	@echo "make clean   remove what the others made"
 
@@ -67,23 +67,25 @@ MEND_STUBS := 's/\bin: /in_: /; s/(channel_axis: [a-zA-Z_.]+)(\) -> IScaleLayer)
 	sed -i -E $(MEND_STUBS) $@/tensorrt_rtx_bindings/tensorrt_rtx.pyi
 	printf 'from tensorrt_rtx_bindings.tensorrt_rtx import *\n__version__: str\n' > $@/tensorrt/__init__.pyi
 
-# Each file of results names the command that made it. `bench-demo` takes minutes, the others the better part of an hour each.
+# Each file of results names the command that made it. Each of the three takes the better part of an hour, or more than one.
 bench: bench-demo bench-models bench-sd15
 
 RESULTS := docs/results
 results = --json $(RESULTS)/$(1).json --markdown $(RESULTS)/$(1).md
 EVERY_GRAPH := --graphs vanilla,planning,fidelity --backend onnxruntime --backend pytorch
+EVERY_GATE := --gate-step 3,5,7,10,15 --after-gate negative,positive,fading --quality --samples 102
 
 bench-demo: $(READY)
 	$(BIN)/tgate-build --model shapes --output bundles/bench-shapes $(EVERY_GRAPH)
 	$(BIN)/tgate-bench run bundles/bench-shapes --gate-step 10 --backend onnxruntime,pytorch --beside eager,compile,official --rounds 15 \
 	  $(call results,bench-shapes) --plot $(RESULTS)/bench-shapes.png
-	$(BIN)/tgate-bench run bundles/bench-shapes --backend onnxruntime --gate-step 3,5,10,15 --after-gate negative,positive,fading --rounds 5 \
-	  --quality --samples 102 $(call results,after-gate-shapes) --plot $(RESULTS)/after-gate-shapes.png
-	$(BIN)/tgate-bench run bundles/bench-shapes --backend onnxruntime --gate-step 5 --after-gate negative,positive,fading --guidance-scale 5 --rounds 1 \
-	  --quality --samples 102 --no-memory $(call results,after-gate-shapes-guidance-5)
+	$(BIN)/tgate-bench run bundles/bench-shapes --backend onnxruntime $(EVERY_GATE) --rounds 5 \
+	  $(call results,after-gate-shapes) --plot $(RESULTS)/after-gate-shapes.png
+	$(BIN)/tgate-bench run bundles/bench-shapes --backend onnxruntime $(EVERY_GATE) --guidance-scale 5 --rounds 1 --no-memory \
+	  $(call results,after-gate-shapes-guidance-5)
 	$(BIN)/tgate-generate bundles/bench-shapes --backend onnxruntime $(PICTURES) --gate-step none --gate-step 5 \
 	  --after-gate negative --after-gate positive --after-gate fading --output $(RESULTS)/after-gate-pictures.png
+	$(BIN)/tgate-bench spacings bundles/bench-shapes --backend onnxruntime $(call results,spacings)
 	$(BIN)/tgate-analyze bundles/bench-shapes --backend onnxruntime --json $(RESULTS)/analysis-shapes.json --plot $(RESULTS)/analysis-shapes.png
 	$(BIN)/tgate-bench kernels bundles/bench-shapes $(call results,kernels)
 	$(BIN)/tgate-bench probe $(call results,probe)

@@ -277,7 +277,7 @@ def test_inspect_shows_what_a_bundle_draws(run: Run, bundle: Path) -> None:
         "pictures of 64×64 pixels, prompts of 77 tokens, 1 to 1 images in one run of TensorRT engines, 31 at most of the others" in output
     )
     assert "epsilon, sampled by DDIMScheduler" in output
-    assert "gate step None" in output
+    assert "gate step 0.4" in output
 
 
 def test_a_graph_that_takes_weights_from_elsewhere_is_refused(bundle: Path, tmp_path: Path) -> None:

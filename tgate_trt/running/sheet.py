@@ -105,13 +105,17 @@ def sheet(columns: Sequence[Column], captions: Sequence[str]) -> Image.Image:
         canvas.text((_MARGIN, head + y * down), f"“{caption}”", "dimgray", font)
     for x, column in enumerate(columns):
         left = _MARGIN + x * across
-        canvas.text((left, _MARGIN), column.label, "black", bold)
+        canvas.text((left, _MARGIN), _title(column), "black", bold)
         canvas.text((left, _MARGIN + _LINE + 6), heads[x][0], "dimgray", font)
         for y, picture in enumerate(column.pictures):
             page.paste(picture.resize(size, Image.Resampling.BICUBIC), (left, head + y * down + _LINE))
         for line, text in enumerate(feet[x]):
             canvas.text((left, head + len(captions) * down + line * _LINE), text, "black", font)
     return page
+
+
+def _title(column: Column) -> str:
+    return column.label if column.gate_step == NONE else f"T-GATE, {column.label}"
 
 
 def _in_words(column: Column) -> str:
