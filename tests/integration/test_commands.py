@@ -245,7 +245,7 @@ def test_a_build_that_is_ended_leaves_no_process_and_the_old_bundle(signal_: sig
     assert process.returncode == (-signal.SIGKILL if signal_ is signal.SIGKILL else 1)
     assert signal_ is signal.SIGKILL or output.endswith("stopped; unfinished files are removed\n")
     _, alive = psutil.wait_procs([psutil.Process(child) for child in started if psutil.pid_exists(child)], timeout=10)
-    assert not alive
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE], "an ended child may wait for the first process"
     left = [path.name for path in tmp_path.iterdir() if path.name not in ("copy", ".tgate-trt")]
     assert len(left) == (1 if signal_ is signal.SIGKILL else 0)
     Bundle.open(folder, full=True)

@@ -160,11 +160,8 @@ def commit_of(folder: Path) -> str | None:
     head = _git(folder, ("rev-parse", "HEAD"))
     if head is None:
         return None
-    return (
-        f"{head} with changes"
-        if _git(folder, ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"))
-        else head
-    )
+    changed = _git(folder, ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"))
+    return f"{head} with changes" if changed else head
 
 
 def _git(folder: Path, arguments: Sequence[str]) -> str | None:

@@ -74,7 +74,7 @@ def _against_quality(axes: Any, settings: Mapping[str, Any], quality: Mapping[st
         method = name.replace(f" g={gate}", "")
         methods[method].append((measured["seconds"]["median"], _of_semantics(row) if semantic else _of_distance(row), gate))
     for method, points in methods.items():
-        seconds, values, gates = zip(*sorted(points), strict=True)
+        seconds, values, gates = zip(*sorted(points, key=lambda point: int(point[2] or 0)), strict=True)
         middle, low, high = zip(*values, strict=True)
         below = [value - least for value, least in zip(middle, low, strict=True)]
         above = [most - value for value, most in zip(middle, high, strict=True)]

@@ -98,8 +98,8 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What the latest run did."""
+class LatestRun:
+    """What is known of the run that began last."""
 
     schedule: GateSchedule
     guided: bool
@@ -216,7 +216,7 @@ class GatedDenoiser(StandIn):
         self._after_gate = after_gate
 
     @property
-    def latest_run(self) -> FinishedRun:
+    def latest_run(self) -> LatestRun:
         """The run that began last.
 
         Raises:
@@ -224,7 +224,7 @@ class GatedDenoiser(StandIn):
         """
         if self._run is None:
             raise GateError("this denoiser has made no run; draw a picture first")
-        return FinishedRun(self._run.schedule, self._run.guided or self._run.lost_guidance)
+        return LatestRun(self._run.schedule, self._run.guided or self._run.lost_guidance)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -18,7 +19,7 @@ from tgate_trt.bundle.manifest import graph_file
 from tgate_trt.errors import InputError
 from tgate_trt.export.macs import macs_of_graph
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, after_gate_of
-from tgate_trt.gate.denoiser import FinishedRun, GatedDenoiser
+from tgate_trt.gate.denoiser import GatedDenoiser, LatestRun
 from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, noise_of, parse_gate_step, planning_steps
 from tgate_trt.running.pipeline import load
 
@@ -173,7 +174,7 @@ class Column:
     planning_steps: int
     """Those of them before the gate."""
     work: float | None = None
-    """Multiply-accumulates of the denoiser as a share of those without a gate; None if the bundle holds no graphs to count."""
+    """Multiply-accumulates of the denoiser as a share of those without a gate; None for a single column, or without graphs to count."""
 
 
 def draw_columns(
@@ -212,11 +213,10 @@ def draw_columns(
         after_gate_of(mode)
     pipeline = prepare(load(opened, backend=backend, threads=threads), drawing.scheduler)
     _refuse_what_cannot_draw(pipeline, drawing.steps)
-    return [
-        _column(pipeline, opened, list(drawing.batches(batch_size)), gate_step, mode)
-        for gate_step in gates
-        for mode in (after_gate if gate_step != NONE else after_gate[:1])
-    ]
+    denoiser, batches = getattr(pipeline, opened.manifest.model.attribute), list(drawing.batches(batch_size))
+    ways = [(gate_step, mode) for gate_step in gates for mode in (after_gate if gate_step != NONE else after_gate[:1])]
+    count = _counter(opened) if len(ways) > 1 else None
+    return [_column(pipeline, denoiser, batches, gate_step, mode, count) for gate_step, mode in ways]
 
 
 def _refuse_what_cannot_draw(pipeline: Any, steps: int) -> None:
@@ -234,28 +234,35 @@ def _refuse_what_cannot_draw(pipeline: Any, steps: int) -> None:
         raise InputError(f"{type(pipeline.scheduler).__name__} has {most} steps at most, got {steps}; choose fewer steps")
 
 
-def _column(pipeline: Any, bundle: Bundle, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str) -> Column:
+def _column(
+    pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str, count: Count | None
+) -> Column:
     """Draw every batch with one gate, after a run of two steps that warms up both engines."""
-    denoiser: GatedDenoiser = getattr(pipeline, bundle.manifest.model.attribute)
     denoiser.after_gate = after_gate
     denoiser.gate_step = gate_step if gate_step == NONE else 1
     draw(pipeline, replace(batches[0], steps=2))
     denoiser.gate_step = gate_step
     start = time.perf_counter()
     pictures = tuple(picture for batch in batches for picture in draw(pipeline, batch))
-    seconds = time.perf_counter() - start
-    run = denoiser.latest_run
-    label, work = label_of(gate_step, after_gate), _work(bundle, run)
+    seconds, run = time.perf_counter() - start, denoiser.latest_run
+    label, work = label_of(gate_step, after_gate), None if count is None else _work(run, count)
     return Column(label, pictures, seconds, gate_step, after_gate, run.schedule.steps, run.schedule.gate_step, work)
 
 
-def _work(bundle: Bundle, run: FinishedRun) -> float | None:
-    """Multiply-accumulates of a run as a share of those without a gate; None if the bundle holds no graphs to count."""
-    graphs = [graph_file(name) for name in ("planning", "fidelity")]
-    if not bundle.manifest.files.keys() >= set(graphs):
+Count = Callable[[str, int], int]
+"""Takes the name of a graph and a number of rows, and returns the multiply-accumulates of one call."""
+
+
+def _counter(bundle: Bundle) -> Count | None:
+    """Counts the work of a bundle's graphs, of each once; None if the bundle holds no graphs."""
+    if not {graph_file("planning"), graph_file("fidelity")} <= bundle.manifest.files.keys():
         return None
-    rows = (2 if run.guided else 1), 1
-    planning, fidelity = (macs_of_graph(bundle.folder / graph, each).linear for graph, each in zip(graphs, rows, strict=True))
+    return cache(lambda graph, rows: macs_of_graph(bundle.folder / graph_file(graph), rows).linear)
+
+
+def _work(run: LatestRun, count: Count) -> float:
+    """Multiply-accumulates of a run as a share of those without a gate."""
+    planning, fidelity = count("planning", 2 if run.guided else 1), count("fidelity", 1)
     calls = run.schedule.calls
     planned = sum(run.schedule.is_planning(call) for call in range(calls))
     return (planned * planning + (calls - planned) * fidelity) / (calls * planning)

@@ -15,16 +15,18 @@ from typer.testing import Result
 
 import tgate_trt
 from tgate_trt.analysis import record as files
-from tgate_trt.bench import report
+from tgate_trt.bench import report, spacings
 from tgate_trt.bench.contenders import PARTS, Studio
 from tgate_trt.bench.measure import Plan, conditions_of, prepare, refuse_unfair, scheduler_for
 from tgate_trt.bench.memory import peak_memory
 from tgate_trt.bench.settings import EAGER, TGATE, Setting
+from tgate_trt.bench.spacings import Spacing
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import MANIFEST, TRACE, EngineSet
 from tgate_trt.cli.bench import app
 from tgate_trt.errors import InputError, StaleBundleError
+from tgate_trt.gate.scheduler import level_of_gate, read_scheduler
 from tgate_trt.running.drawing import Drawing, draw
 from tgate_trt.running.drawing import prepare as prepare_pipeline
 
@@ -196,6 +198,36 @@ def test_mistakes_are_one_sentence(error_of: ErrorOf, bundle: Path, tmp_path: Pa
     assert "got 'nothing'" in error_of(app, "macs", "nothing")
     assert "got 'nothing'" in error_of(app, "build", "nothing")
     assert "there is no such folder" in error_of(app, "kernels", "nothing")
+
+
+def test_spacings_follow_a_noise_level(run: Run, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model, under the name of the one whose pictures are read."""
+    folder = Path(shutil.copytree(bundle, tmp_path / "shapes"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["model"]["name"], manifest["gate_step"] = "shapes", 0.4
+    manifest["gate_noise"] = level_of_gate(read_scheduler(folder / "pipeline"), 10, 0.4)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    short = (
+        Spacing("leading", 10),
+        Spacing("Karras", 10, "euler", {"use_karras_sigmas": True}),
+        Spacing("image to image", 10, strength=0.5, start="another colour"),
+    )
+    monkeypatch.setattr(spacings, "SPACINGS", short)
+    done = run(app, "spacings", folder, "--samples", 3, "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md")
+    assert done.exit_code == 0, done.output
+    record = files.read(tmp_path / "a.json")
+    noise = f"noise:{manifest['gate_noise']:g}"
+    assert record["settings"]["gates"] == ["none", noise, 0.4]
+    steps = [[(gate["steps"], gate["planning_steps"]) for gate in row["gates"]] for row in record["results"]]
+    assert steps[0] == [(10, 10), (10, 4), (10, 4)]
+    assert steps[1][1][1] != 4 == steps[1][2][1], "Karras spacing reaches the level at another step"
+    assert steps[2] == [(5, 5), (5, 1), (5, 2)], "image to image begins with less noise"
+    assert all(gate["right"]["total"] == 3 for row in record["results"] for gate in row["gates"])
+    assert f"| g of {noise} | right with {noise} |" in (tmp_path / "a.md").read_text(encoding="utf-8")
+
+
+def test_only_the_demo_models_pictures_can_be_read(error_of: ErrorOf, bundle: Path) -> None:
+    assert "spacings are judged by the captions of the model 'shapes', got 'tiny-sd'" in error_of(app, "spacings", bundle)
 
 
 @pytest.mark.parametrize(

@@ -93,25 +93,25 @@ def test_a_scheduler_that_shows_no_levels_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("steps", [1, 4, 9])
-def test_every_step_has_one_level(name: str, steps: int) -> None:
+def test_every_step_has_one_level(name: str) -> None:
     scheduler = made(name)
     scheduler.set_timesteps(7)
     before = list(scheduler.timesteps)
-    levels = levels_of_run(scheduler, steps)
-    assert len(levels) == steps and list(levels) == sorted(levels, reverse=True) and len(set(levels)) == steps
+    for steps in (1, 4, 9):
+        levels = levels_of_run(scheduler, steps)
+        assert len(levels) == steps and list(levels) == sorted(levels, reverse=True) and len(set(levels)) == steps
     assert list(scheduler.timesteps) == before, "the scheduler itself is not changed"
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("betas", BETAS, ids=lambda betas: betas["beta_schedule"])
-@pytest.mark.parametrize("gate_step", [1, 4, 9])
-def test_the_level_of_a_gate_is_that_gate(name: str, betas: dict[str, Any], gate_step: int) -> None:
+def test_the_level_of_a_gate_is_that_gate(name: str, betas: dict[str, Any]) -> None:
     scheduler = made(name, **betas)
-    level = level_of_gate(scheduler, 10, gate_step)
+    levels = {gate_step: level_of_gate(scheduler, 10, gate_step) for gate_step in (1, 4, 9)}
     scheduler.set_timesteps(10)
     run = SimpleNamespace(scheduler=scheduler)
-    assert schedule_of(run, scheduler.timesteps[0], f"noise:{level}").gate_step == gate_step
+    for gate_step, level in levels.items():
+        assert schedule_of(run, scheduler.timesteps[0], f"noise:{level}").gate_step == gate_step
 
 
 @pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=lambda row: row.name)

@@ -91,9 +91,7 @@ def _with_weights(part: _Part, trained: nn.Module) -> _Part:
     try:
         part.load_state_dict(trained.state_dict())
     except RuntimeError as error:
-        raise InputError(
-            f"the {type(part).__name__} of --start is not that of the demo model; choose a pipeline that this wrote"
-        ) from error
+        raise InputError(f"the {type(part).__name__} of --start is not like the demo model's; choose another --start") from error
     return part
 
 
