@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -42,7 +43,7 @@ def at(name: str, place: str) -> float:
     """The number at a place of a record, such as ``results / settings / vanilla / seconds / median``."""
     value = record(name)
     for key in place.split(" / "):
-        value = value[key]
+        value = value[int(key) if isinstance(value, list) else key]
     return float(value)
 
 
@@ -211,6 +212,20 @@ def test_records_with_uncommitted_changes_are_named() -> None:
         assert changed == (figure.record == SD15), "the README has it so of the records of SD 1.5 alone"
 
 
+def test_the_papers_finding_is_in_the_record() -> None:
+    """What the README and the page on it have of the temporal analysis, which is more than its figures."""
+    results = record("analysis-shapes.json")["results"]
+    assert _right("text first", 10) >= 0.9 and _right("text last", 10) <= 0.1
+    change = results["convergence"]["cross_attention"]["all layers"]["absolute"]["mean"]  # from step 1 on
+    thirds = [statistics.mean(change[start : start + 8]) for start in (0, 8, 16)]
+    assert thirds[0] > 2 * thirds[1] > 4 * thirds[2]
+    assert change[6] == max(change[2:]) > 1.3 * change[2], "the second peak"
+    assert max(change[13:]) < 0.2 * max(change) < min(change[:12]), "flat from step 14 on"
+    distance = results["gate"]["distance"]["mean"]
+    assert distance == sorted(distance, reverse=True)
+    assert max(one - other for one, other in itertools.pairwise(distance[2:])) < 0.03, "without a jump"
+
+
 def test_the_pictures_of_the_performance_page_are_those_of_the_readme() -> None:
     heading = "one picture, p50 (median ratio to vanilla)"
     theirs = [[NUMBER.findall(cell) for cell in cells[1:]] for cells in rows_of(page("docs/performance.md"), heading)[1:]]
@@ -318,6 +333,13 @@ def _right(part: str, index: int) -> float:
     return float(curve["accuracy"][curve["at"].index(index)]["fraction"])
 
 
+def _falls() -> tuple[float, float]:
+    """The mean change of cross-attention over steps 1 to 8, over that of the two thirds after it."""
+    change = record("analysis-shapes.json")["results"]["convergence"]["cross_attention"]["all layers"]["absolute"]["mean"]
+    first, *later = (statistics.mean(change[start : start + 8]) for start in (0, 8, 16))
+    return first / later[0], first / later[1]
+
+
 def _suggested(rule: str) -> tuple[float, float]:
     """The gate that a rule suggests, as a step and as a noise level."""
     found = record("analysis-shapes.json")["results"]["suggestion"][rule]
@@ -370,6 +392,12 @@ PROSE: list[tuple[str, str, Callable[[], tuple[float, ...]]]] = [
     ("where-meaning-settles", "the last 15 alone: {:.0f} %", lambda: (100 * _right("text last", 10),)),
     ("where-meaning-settles", "nothing significant is {} (noise:{:g})", lambda: _suggested("by_accuracy")),
     ("where-meaning-settles", "halved at step {} (noise:{:g})", lambda: _suggested("by_convergence")),
+    (
+        "where-meaning-settles",
+        "draws {:.0f} % right at g = 5 and {:.0f} % at g = 10, vanilla {:.0f} %",
+        lambda: tuple(100 * _right("gate", gate) for gate in (5, 10, 25)),
+    ),
+    ("where-meaning-settles", "is {:.1f} times that over steps 9 to 16, and {:.1f} times that over steps 17 to 24", _falls),
     ("limits", "fall from {:.0f} % to {:.0f} % at gate step 3", lambda: (100 * _modes("vanilla"), 100 * _modes("T-GATE g=3"))),
     (
         "performance",
