@@ -17,7 +17,7 @@ import tgate_trt
 from tgate_trt.analysis import record as files
 from tgate_trt.bench import report, spacings
 from tgate_trt.bench.contenders import PARTS, Studio
-from tgate_trt.bench.measure import Plan, conditions_of, prepare, refuse_unfair, scheduler_for
+from tgate_trt.bench.measure import Plan, conditions_of, gates_of, prepare, refuse_unfair, scheduler_for
 from tgate_trt.bench.memory import peak_memory
 from tgate_trt.bench.settings import EAGER, TGATE, Setting
 from tgate_trt.bench.spacings import Spacing
@@ -270,6 +270,13 @@ def test_growth_goes_on_from_its_own_file_alone(error_of: ErrorOf, tmp_path: Pat
 )
 def test_all_settings_have_one_scheduler(own: str, wanted: str | None, used: str | None) -> None:
     assert scheduler_for(f"{own}Scheduler", wanted) == used
+
+
+def test_a_noise_level_is_measured_as_its_number_of_steps(bundle: Path) -> None:
+    opened, drawing = Bundle.open(bundle), Drawing(("a",), steps=10, scheduler="ddim")
+    level = level_of_gate(read_scheduler(opened.pipeline), 10, 3)
+    assert gates_of(opened, drawing, (f"noise:{level}", "0.4", "noise:1e9")) == (3, 0.4, 1)
+    assert gates_of(opened, drawing, ()) == (0.4,)
 
 
 def test_a_measurement_draws_the_plans_pictures(bundle: Path) -> None:
