@@ -115,7 +115,7 @@ def make_unet() -> UNet2DConditionModel:
 def make_scheduler() -> DPMSolverMultistepScheduler:
     """DPM-Solver++ on the cosine schedule (Nichol and Dhariwal, 2021, section 3.2), which they found to suit small pictures.
 
-    On DDPM's linear schedule ten of 25 trailing steps have more than 12 times as much noise as signal, of which 16×16 latents keep nothing.
+    On DDPM's linear schedule ten of 25 trailing steps have more than 7 times as much noise as signal, of which 16×16 latents keep nothing.
     """
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2",
