@@ -217,7 +217,7 @@ def test_the_papers_finding_is_in_the_record() -> None:
     results = record("analysis-shapes.json")["results"]
     assert _right("text first", 10) >= 0.9 and _right("text last", 10) <= 0.1
     change = results["convergence"]["cross_attention"]["all layers"]["absolute"]["mean"]  # from step 1 on
-    thirds = [statistics.mean(change[start : start + 8]) for start in (0, 8, 16)]
+    thirds = _thirds(change)
     assert thirds[0] > 2 * thirds[1] > 4 * thirds[2]
     assert change[6] == max(change[2:]) > 1.3 * change[2], "the second peak"
     assert max(change[13:]) < 0.2 * max(change) < min(change[:12]), "flat from step 14 on"
@@ -333,10 +333,15 @@ def _right(part: str, index: int) -> float:
     return float(curve["accuracy"][curve["at"].index(index)]["fraction"])
 
 
+def _thirds(change: list[float]) -> list[float]:
+    """The means of 24 changes over steps 1 to 8, 9 to 16 and 17 to 24."""
+    return [statistics.mean(change[start : start + 8]) for start in (0, 8, 16)]
+
+
 def _falls() -> tuple[float, float]:
     """The mean change of cross-attention over steps 1 to 8, over that of the two thirds after it."""
     change = record("analysis-shapes.json")["results"]["convergence"]["cross_attention"]["all layers"]["absolute"]["mean"]
-    first, *later = (statistics.mean(change[start : start + 8]) for start in (0, 8, 16))
+    first, *later = _thirds(change)
     return first / later[0], first / later[1]
 
 

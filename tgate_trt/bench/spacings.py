@@ -14,8 +14,7 @@ from tgate_trt.analysis.prompts import held_out, in_turn
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.demo.dataset import OBJECT_COLOURS, Captioned
 from tgate_trt.demo.dataset import draw as draw_true
-from tgate_trt.demo.evaluate import Proportion
-from tgate_trt.demo.scorer import read
+from tgate_trt.demo.evaluate import score
 from tgate_trt.errors import InputError
 from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep
@@ -117,25 +116,25 @@ def _judged(pipeline: Any, bundle: Bundle, spacing: Spacing, captioned: Sequence
     denoiser: GatedDenoiser = pipeline.unet
     denoiser.gate_step = gate
     drawing = Drawing(tuple(each.caption for each in captioned), steps=spacing.steps, seed=seed).of(bundle)
-    pictures = []
-    for start, batch in zip(range(0, len(captioned), _BATCH_SIZE), drawing.batches(_BATCH_SIZE), strict=True):
-        if spacing.strength is None or spacing.start is None:
-            pictures += draw(pipeline, batch)
-        else:
-            begun = [STARTS[spacing.start](each) for each in captioned[start : start + _BATCH_SIZE]]
-            pictures += draw(_from_pictures(pipeline), replace(batch, height=None, width=None), image=begun, strength=spacing.strength)
+    if spacing.start is None:
+        pictures = [picture for batch in drawing.batches(_BATCH_SIZE) for picture in draw(pipeline, batch)]
+    else:
+        pictures = _from_pictures(pipeline, replace(drawing, height=None, width=None), spacing, list(map(STARTS[spacing.start], captioned)))
     schedule = denoiser.latest_run.schedule
-    right = sum(read(picture).matches(each.combination) for picture, each in zip(pictures, captioned, strict=True))
     return {
         "gate_step": gate,
         "steps": schedule.steps,
         "planning_steps": schedule.gate_step,
-        "right": Proportion(right, len(captioned)).to_json(),
+        "right": score(pictures, captioned).overall.to_json(),
     }
 
 
-def _from_pictures(pipeline: Any) -> Any:
-    """The image-to-image pipeline of the same parts."""
+def _from_pictures(pipeline: Any, drawing: Drawing, spacing: Spacing, begun: Sequence[Image.Image]) -> list[Image.Image]:
+    """Draw from pictures, one for each prompt, with the image-to-image pipeline of the same parts."""
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    return prepare(StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False), None)
+    made = prepare(StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False), None)
+    drawn: list[Image.Image] = []
+    for batch in drawing.batches(_BATCH_SIZE):
+        drawn += draw(made, batch, image=begun[len(drawn) : len(drawn) + len(batch.prompts)], strength=spacing.strength)
+    return drawn

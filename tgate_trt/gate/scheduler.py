@@ -18,6 +18,7 @@ from torch import Tensor
 from tgate_trt.errors import GateError
 from tgate_trt.files import read_json
 from tgate_trt.gate.schedule import GateSchedule, GateStep, noise_of, planning_steps, rounded_up
+from tgate_trt.models.source import SCHEDULER
 
 
 def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateStep) -> GateSchedule:
@@ -42,7 +43,7 @@ def schedule_of(pipeline: Any, timestep: Tensor | float | int, gate_step: GateSt
         first = _find(scheduler.timesteps, timestep)
     if not 1 <= calls <= listed - (first or 0):
         calls = listed - (first or 0)
-    steps = (calls + 1) // 2 if order == 2 else max(calls - extra, 1)
+    steps = _steps_of(calls, order, extra)
     levels = None if noise_of(gate_step) is None else _levels_of_steps(noise_levels(scheduler)[first:], steps, order, calls)
     return GateSchedule(steps, planning_steps(gate_step, steps, levels), order, calls)
 
@@ -61,7 +62,7 @@ def levels_of_run(scheduler: Any, steps: int) -> tuple[float, ...]:
     scheduler.set_timesteps(steps)
     order, extra = _calls_a_step(scheduler)
     calls = len(scheduler.timesteps)
-    return _levels_of_steps(noise_levels(scheduler), (calls + 1) // 2 if order == 2 else calls - extra, order, calls)
+    return _levels_of_steps(noise_levels(scheduler), _steps_of(calls, order, extra), order, calls)
 
 
 def level_of_gate(scheduler: Any, steps: int, gate_step: GateStep) -> float | None:
@@ -87,7 +88,7 @@ def read_scheduler(pipeline: Path) -> Any:
     """The scheduler of the diffusers pipeline in a folder."""
     import diffusers
 
-    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    config = read_json(pipeline / "scheduler" / SCHEDULER)
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
@@ -140,6 +141,11 @@ def _calls_a_step(scheduler: Any) -> tuple[int, int]:
             + ("; set skip_prk_steps=True" if hasattr(scheduler, "step_prk") else "; use another scheduler")
         )
     return order, extra
+
+
+def _steps_of(calls: int, order: int, extra: int) -> int:
+    """Steps that so many calls make, by what `_calls_a_step` gives."""
+    return (calls + 1) // 2 if order == 2 else max(calls - extra, 1)
 
 
 def _levels_of_steps(levels: Sequence[float], steps: int, order: int, calls: int) -> tuple[float, ...]:
