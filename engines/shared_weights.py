@@ -25,7 +25,7 @@ class SharedWeights:
         Raises:
             InputError: if a file cannot be read.
         """
-        self._files = tuple(files)
+        self._files, self._device = tuple(files), device
         self._tensors: dict[str, Tensor] = {}
         self._replaced: set[str] = set()
         for name, tensor in read_named(self._files):
@@ -42,7 +42,7 @@ class SharedWeights:
         return self._tensors[name]
 
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace some weights, and restore those that were replaced before. On a GPU the writes are on PyTorch's current stream.
+        """Replace some weights, and restore those that were replaced before. On a GPU it waits until they are written.
 
         Args:
             weights: by name, all that differ from the files.
@@ -60,6 +60,8 @@ class SharedWeights:
             self._tensors[name].copy_(tensor)
         for name, value in weights.items():
             self._tensors[name].copy_(value)
+        if self._device.type == "cuda":  # engines that read them run on other streams
+            torch.cuda.current_stream(self._device).synchronize()
         self._replaced = set(weights)
 
     def close(self) -> None:

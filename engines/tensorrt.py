@@ -1,43 +1,48 @@
 """Runs TensorRT plans of every flavour on one CUDA stream, without a synchronisation with the host.
 
-This file is type-checked against TensorRT 10 and TensorRT-RTX, and has not been run yet, because that takes a GPU: `make bench-gpu`
-runs it there.
+The tests run this file on a stand-in for TensorRT's module, which holds it to TensorRT's documented contract. TensorRT itself needs a
+GPU: `make bench-gpu` runs it there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import mmap
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from tgate_trt.engines.base import check, given
+from tgate_trt.engines.graphs import GraphCache, Staging
 from tgate_trt.engines.shared_weights import SharedWeights
-from tgate_trt.engines.tensorrt_callbacks import plan_reader, python_logger
+from tgate_trt.engines.tensorrt_callbacks import python_logger
 from tgate_trt.engines.tensorrt_flavours import DTYPES, SPECIALISATIONS, Api, Flavour
 from tgate_trt.errors import BundleError, GateError, InputError, UnsupportedError
-from tgate_trt.files import read_named, replacing
+from tgate_trt.files import replacing
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     import tensorrt
 
-_GRAPHS = 4
-"""CUDA graphs that an engine keeps: those of the shapes and caller's addresses that were used last."""
-
 
 class Arena:
-    """A stream and activation memory on a GPU, which the engines of one pipeline share because they run one after the other."""
+    """A stream and activation memory on a GPU, which the engines of one pipeline share because they run one after the other.
+
+    Whoever runs, loads or unloads an engine holds ``lock``: so several threads may use engines of one arena, one at a time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Make a stream on a CUDA device; memory is allocated for the first engine."""
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.lock = threading.RLock()
         self._memory: Tensor | None = None
 
     def memory(self, size: int) -> Tensor:
@@ -71,19 +76,40 @@ class RuntimeOptions:
 
 
 @dataclass
+class _CompiledKernels:
+    """Kernels that TensorRT-RTX compiled for this GPU, and the file that keeps them."""
+
+    path: Path
+    serialize: Callable[[], bytes | None]
+    _kept: bytes | None = None
+    """Hash of what the file holds."""
+
+    def keep(self) -> None:
+        """Write the kernels if there are new ones; without the file, the next load compiles again."""
+        blob = self.serialize()
+        if not blob or (held := hashlib.sha256(blob).digest()) == self._kept:
+            return
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as partial:
+                partial.write_bytes(blob)
+            self._kept = held
+
+
+@dataclass
 class _Loaded:
     """A plan that is loaded on the GPU."""
 
     runtime: tensorrt.Runtime
     engine: tensorrt.ICudaEngine
     context: tensorrt.IExecutionContext
-    serialized_cache: Callable[[], bytes] | None
+    graphs: GraphCache
+    compiled: _CompiledKernels | None
+    staging: Staging = field(default_factory=Staging)
     addresses: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
-    buffers: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict)
-    """The engine's own inputs, by name and shape: the caller's small tensors are copied here, where a CUDA graph reads them."""
-    graphs: OrderedDict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = field(default_factory=OrderedDict)
-    """By shapes and addresses; None after the plain run that precedes a capture."""
+    met: set[tuple[torch.Size, ...]] = field(default_factory=set)
+    """Shapes of all inputs that have run together."""
 
 
 class TensorRTEngine:
@@ -102,7 +128,7 @@ class TensorRTEngine:
         arena: Arena,
         *,
         weights: SharedWeights | None = None,
-        weight_files: Sequence[Path] = (),
+        graph: Path | None = None,
         options: RuntimeOptions | None = None,
         changed: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -114,9 +140,9 @@ class TensorRTEngine:
             flavour: with which it was built.
             arena: stream and activation memory, shared by all engines of a pipeline.
             weights: for a plan that takes weights as inputs.
-            weight_files: safetensors files of the graph's weights, for a plan that was built without them.
+            graph: ONNX file of the graph, for a plan that was built without its weights.
             options: how to run it.
-            changed: weights that differ from those of the files, by name.
+            changed: weights that differ from the graph's, by name.
 
         Raises:
             UnsupportedError: if the flavour is not installed, or ``changed`` is for a plan that holds its weights.
@@ -124,36 +150,41 @@ class TensorRTEngine:
         """
         self.spec, self.device = spec, arena.device
         self._plan, self._flavour, self._arena = plan, flavour, arena
-        self._weights, self._weight_files, self._options = weights, weight_files, options or RuntimeOptions()
+        self._weights, self._graph, self._options = weights, graph, options or RuntimeOptions()
         self._trt: Api = flavour.load()
         self._logger = python_logger(self._trt)
         self._closed = False
+        self._keep_at_end: weakref.finalize[Any, Any] | None = None
         self._refit: Mapping[str, Tensor] = changed or {}
-        if changed and weights is not None:
-            weights.replace(changed)
-        self._loaded: _Loaded | None = self._load()
-        if changed and weights is None and not self._loaded.engine.refittable:
-            raise UnsupportedError(self._holds_its_weights())
+        self._loaded: _Loaded | None = None
+        with self._on_the_gpu():
+            if changed and weights is not None:
+                weights.replace(changed)
+            loaded = self._loaded = self._load()
+            if changed and weights is None and not loaded.engine.refittable:
+                raise UnsupportedError(self._holds_its_weights())
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run once; see `tgate_trt.engines.base.Engine.run`.
 
         The engine runs on the arena's stream, because TensorRT would synchronise with the host on the default stream. The arena's
         stream waits for the caller's first, and the caller's for the arena's afterwards. Inputs other than caches are copied to the
-        engine's own buffers.
+        engine's own buffers. Threads may call it, and take turns.
 
         Raises:
             GateError: if the engine was closed, a tensor does not fit, or TensorRT cannot run.
         """
-        if self._closed:
-            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
-        loaded = self._loaded = self._loaded or self._load()
-        caller = torch.cuda.current_stream(self.device)
-        self._arena.stream.wait_stream(caller)
-        with torch.cuda.stream(self._arena.stream):
-            bound = self._bind(loaded, inputs, outputs)
-            self._launch(loaded, bound)
-        caller.wait_stream(self._arena.stream)
+        with self._on_the_gpu():
+            if self._closed:
+                raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
+            loaded = self._loaded = self._loaded or self._load()
+            caller = torch.cuda.current_stream(self.device)
+            self._arena.stream.wait_stream(caller)
+            try:
+                with torch.cuda.stream(self._arena.stream):
+                    self._launch(loaded, self._bind(loaded, inputs, outputs))
+            finally:
+                caller.wait_stream(self._arena.stream)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace some weights; see `tgate_trt.engines.base.Engine.replace_weights`.
@@ -164,50 +195,73 @@ class TensorRTEngine:
             BundleError: if a shared weight is unknown, or has another shape or dtype.
             UnsupportedError: if the plan holds its weights and cannot be refitted.
         """
-        if self._weights is not None:
-            self._arena.stream.synchronize()
-            self._weights.replace(weights)
-            return
-        loaded = self._loaded = self._loaded or self._load()
-        if not loaded.engine.refittable:
-            raise UnsupportedError(self._holds_its_weights())
-        self._refit = dict(weights)
-        self.unload()  # the plan brings back the weights that were replaced before
-        self._loaded = self._load()
+        with self._on_the_gpu():
+            if self._weights is not None:
+                self._arena.stream.synchronize()
+                self._weights.replace(weights)
+                return
+            loaded = self._loaded = self._loaded or self._load()
+            if not loaded.engine.refittable:
+                raise UnsupportedError(self._holds_its_weights())
+            self._refit = dict(weights)
+            del loaded
+            self.unload()  # the plan brings back the weights that were replaced before
+            self._loaded = self._load()
 
     def _holds_its_weights(self) -> str:
         return f"the {self.spec.name} engine holds its weights; build it with --weights shared to replace them"
 
     def unload(self) -> None:
         """Free the plan, its weights and its CUDA graphs until the engine runs again; keeps TensorRT-RTX's compiled kernels."""
-        if self._loaded is not None:
+        with self._on_the_gpu():
+            if self._loaded is None:
+                return
             self._arena.stream.synchronize()
-            self._keep_compiled(self._loaded)
+            if self._keep_at_end is not None:
+                self._keep_at_end()
             self._loaded = None
 
     def close(self) -> None:
         """Free everything; the engine cannot run again."""
-        self.unload()
-        self._closed = True
+        with self._on_the_gpu():
+            self.unload()
+            self._closed = True
+
+    @contextlib.contextmanager
+    def _on_the_gpu(self) -> Iterator[None]:
+        """Hold the arena, with its GPU as the current device: TensorRT loads and runs on the current one."""
+        with self._arena.lock, torch.cuda.device(self.device):
+            yield
 
     def _load(self) -> _Loaded:
+        torch.cuda.empty_cache()  # PyTorch keeps freed memory, which TensorRT cannot take
         runtime = self._trt.Runtime(self._logger)
-        with self._plan.open("rb") as file:
-            engine = runtime.deserialize_cuda_engine(cast(Any, plan_reader(self._trt, file)))
+        with self._plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
+            engine = runtime.deserialize_cuda_engine(cast(Any, blob))
         if engine is None:
-            raise BundleError(
-                f"{self._flavour.backend} cannot load {self._plan.name}: {self._logger.last}; build it on this machine with tgate-build"
-            )
+            self._fail("load")
         weight_inputs = self._weight_inputs(engine)
         if engine.refittable:
             self._refit_engine(engine)
+        self._arena.memory(engine.device_memory_size_v2)  # before anything is captured: a new block makes graphs invalid
         cache = self._cache_file()
         kept = cache.read_bytes() if cache is not None and cache.is_file() else None
-        context, serialized = self._flavour.create_context(self._trt, engine, cache=kept, specialisation=self._options.specialisation)
-        loaded = _Loaded(runtime, engine, context, serialized)
+        context, serialize = self._flavour.create_context(
+            self._trt, engine, cache=kept, specialisation=self._options.specialisation, cuda_graphs=self._options.cuda_graphs
+        )
+        if context is None:
+            self._fail("make a context of")
+        compiled = None if cache is None or serialize is None else _CompiledKernels(cache, serialize)
+        self._keep_at_end = None if compiled is None else weakref.finalize(self, compiled.keep)
+        loaded = _Loaded(runtime, engine, context, GraphCache(self.spec.name), compiled)
         for name, weight in weight_inputs.items():
-            context.set_tensor_address(name, weight.data_ptr())
+            self._set_address(loaded, name, weight)
         return loaded
+
+    def _fail(self, what: str) -> NoReturn:
+        raise BundleError(
+            f"{self._flavour.backend} cannot {what} {self._plan.name}: {self._logger.last}; build it on this machine with tgate-build"
+        )
 
     def _weight_inputs(self, engine: tensorrt.ICudaEngine) -> dict[str, Tensor]:
         """The shared weights that a plan takes as inputs, by name: all its tensors but the spec's.
@@ -236,15 +290,19 @@ class TensorRTEngine:
         return weights
 
     def _refit_engine(self, engine: tensorrt.ICudaEngine) -> None:
-        """Set the weights that a stripped plan lacks, and those that were replaced."""
+        """Set the weights that a stripped plan lacks, the graph's constants among them, and those that were replaced."""
         refitter = self._trt.Refitter(engine, self._logger)
-        known = set(refitter.get_all_weights())
-        refit = {name: tensor for name, tensor in self._refit.items() if name in known}
-        missing = set(refitter.get_missing_weights()) - set(refit)
-        if not missing and not refit:
+        known, is_stripped = set(refitter.get_all_weights()), bool(refitter.get_missing_weights())
+        changed = {name: tensor for name, tensor in self._refit.items() if name in known}
+        if not is_stripped and not changed:
             return
+        if is_stripped:
+            if self._graph is None or not self._graph.is_file():
+                raise BundleError(f"{self._plan.name} holds no weights, and its graph is not in the bundle; build the bundle again")
+            if not self._trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(self._graph)):
+                raise BundleError(f"{self._plan.name} cannot take the weights of {self._graph.name}: {self._logger.last}; build it again")
         kept_alive = []  # TensorRT reads host memory only when it refits
-        for name, tensor in (*read_named(self._weight_files, missing), *refit.items()):
+        for name, tensor in changed.items():
             on_host = tensor.cpu().contiguous()
             kept_alive.append(on_host)
             kind = getattr(self._trt.DataType, DTYPES[str(on_host.dtype).removeprefix("torch.")])
@@ -254,37 +312,42 @@ class TensorRTEngine:
             raise BundleError(f"{self._plan.name} cannot be refitted: {self._logger.last}; build the bundle again")
 
     def _bind(self, loaded: _Loaded, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """Set the shapes and addresses that changed, and return the key of a captured graph: all addresses and shapes."""
+        """Set the shapes and addresses that changed, and return all of them: the key of a captured graph."""
         self._use_memory(loaded)
         key = []
         for tensor in self.spec.inputs:
             value = given(self.spec, inputs, tensor)
             if not tensor.name.startswith(CACHE_PREFIX):
-                value = self._staged(loaded, tensor, value)
-            if loaded.shapes.get(tensor.name) != value.shape:
                 check(self.spec, tensor, value, self.device)
-                loaded.context.set_input_shape(tensor.name, cast(Any, tuple(value.shape)))
-                loaded.shapes[tensor.name] = value.shape
-            key.append(self._set_address(loaded, tensor, value))
+                value = loaded.staging.copied(tensor.name, value)
+            key.append(self._set_shape_and_address(loaded, tensor, value))
         for tensor in self.spec.outputs:
-            key.append(self._set_address(loaded, tensor, given(self.spec, outputs, tensor)))
+            key.append(self._set_shape_and_address(loaded, tensor, given(self.spec, outputs, tensor), is_input=False))
         return tuple(key)
 
-    def _staged(self, loaded: _Loaded, tensor: TensorSpec, value: Tensor) -> Tensor:
-        """Copy the caller's input to the engine's buffer for its shape."""
-        check(self.spec, tensor, value, self.device)
-        key = (tensor.name, value.shape)
-        if key not in loaded.buffers:
-            loaded.buffers[key] = torch.empty_like(value)
-        return loaded.buffers[key].copy_(value)
-
-    def _set_address(self, loaded: _Loaded, tensor: TensorSpec, value: Tensor) -> tuple[int, torch.Size]:
-        address = value.data_ptr()
-        if loaded.addresses.get(tensor.name) != address:
+    def _set_shape_and_address(self, loaded: _Loaded, tensor: TensorSpec, value: Tensor, *, is_input: bool = True) -> tuple[Any, ...]:
+        name, address = tensor.name, value.data_ptr()
+        if (loaded.shapes.get(name), loaded.addresses.get(name)) != (value.shape, address):
             check(self.spec, tensor, value, self.device)
-            loaded.context.set_tensor_address(tensor.name, address)
-            loaded.addresses[tensor.name] = address
+            if is_input and not loaded.context.set_input_shape(name, cast(Any, tuple(value.shape))):
+                raise GateError(f"the {self.spec.name} engine does not take {name!r} of shape {list(value.shape)}: {self._logger.last}")
+            loaded.shapes[name] = value.shape
+            self._set_address(loaded, name, value)
         return address, value.shape
+
+    def _set_address(self, loaded: _Loaded, name: str, value: Tensor) -> None:
+        """Bind a tensor. TensorRT refuses an address that 256 does not divide, and would go on with the old one.
+
+        Raises:
+            GateError: if it refuses.
+        """
+        loaded.addresses.pop(name, None)
+        if not loaded.context.set_tensor_address(name, value.data_ptr()):
+            raise GateError(
+                f"{self._flavour.backend} refuses the memory of {name!r} at address {value.data_ptr()}, which must be a multiple of 256; "
+                "give a whole tensor, not a part of one"
+            )
+        loaded.addresses[name] = value.data_ptr()
 
     def _use_memory(self, loaded: _Loaded) -> None:
         """Give the context the arena's activation memory; graphs that were captured with another block are invalid."""
@@ -295,31 +358,16 @@ class TensorRTEngine:
             loaded.graphs.clear()
 
     def _launch(self, loaded: _Loaded, key: tuple[Any, ...]) -> None:
-        """Run plainly the first time, capture the second time, and replay from then on."""
-        if not self._options.cuda_graphs:
+        """Run plainly, or by a CUDA graph of ours where the runtime does not capture graphs itself."""
+        if self._options.cuda_graphs and not self._flavour.captures_graphs:
+            loaded.graphs.run(key, lambda: self._execute(loaded))
+        else:
             self._execute(loaded)
-            return
-        if key not in loaded.graphs:
-            self._execute(loaded)
-            loaded.graphs[key] = None
-            while len(loaded.graphs) > _GRAPHS:
-                loaded.graphs.popitem(last=False)
-            return
-        loaded.graphs.move_to_end(key)
-        graph = loaded.graphs[key]
-        if graph is None:
-            if not self._is_capturable(loaded):
-                self._execute(loaded)
-                return
-            graph = loaded.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._arena.stream):
-                self._execute(loaded)
-        graph.replay()
-
-    def _is_capturable(self, loaded: _Loaded) -> bool:
-        """Whether launches can be captured: with TensorRT-RTX not while it compiles for a shape, with TensorRT always."""
-        ask = getattr(loaded.context, "is_stream_capturable", None)
-        return True if ask is None else bool(ask(self._arena.stream.cuda_stream))
+        shapes = tuple(loaded.shapes.values())
+        if shapes not in loaded.met:
+            loaded.met.add(shapes)
+            if loaded.compiled is not None:
+                loaded.compiled.keep()
 
     def _execute(self, loaded: _Loaded) -> None:
         if not loaded.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
@@ -332,12 +380,3 @@ class TensorRTEngine:
         if folder is None or not self._flavour.has_runtime_cache:
             return None
         return folder / f"{self._plan.parent.name}.{self._plan.name}.cache"
-
-    def _keep_compiled(self, loaded: _Loaded) -> None:
-        path = self._cache_file()
-        if path is None or loaded.serialized_cache is None:
-            return
-        with contextlib.suppress(OSError):  # without the file, the next load compiles again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                partial.write_bytes(loaded.serialized_cache())

@@ -1,10 +1,11 @@
-"""Objects that TensorRT calls while it builds and loads plans: progress, logs, and plans written and read in blocks.
+"""Objects that TensorRT calls while it builds and loads plans: progress, logs, and plans written in blocks.
 
 Their base classes come from the module that is passed in, TensorRT's or TensorRT-RTX's, so each is made within a function.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -14,9 +15,6 @@ from tgate_trt.engines.tensorrt_flavours import Api
 
 if TYPE_CHECKING:
     import tensorrt
-
-_BLOCK = 64 << 20
-"""Bytes of a plan that are in host memory at once while it is loaded."""
 
 
 @dataclass
@@ -87,8 +85,12 @@ def file_logger(trt: Api, file: TextIO, errors: list[str]) -> tensorrt.ILogger:
     return FileLogger()
 
 
+@functools.cache
 def python_logger(trt: Api) -> Any:
-    """Pass TensorRT's messages to `logging`; the attribute ``last`` is the last error."""
+    """Pass TensorRT's messages to `logging`; the attribute ``last`` is the last error.
+
+    One for each module, because TensorRT keeps a single logger for all objects of a process.
+    """
     levels = {
         trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
         trt.ILogger.Severity.ERROR: logging.ERROR,
@@ -118,18 +120,3 @@ def plan_writer(trt: Api, file: BinaryIO) -> tensorrt.IStreamWriter:
             return file.write(data)
 
     return Writer()
-
-
-def plan_reader(trt: Api, file: BinaryIO) -> tensorrt.IStreamReaderV2:
-    """Read a plan block by block, so that host memory never holds it whole."""
-
-    class Reader(trt.IStreamReaderV2):  # type: ignore[name-defined, misc]
-        def read(self, num_bytes: int, stream: int) -> bytes:
-            return file.read(min(num_bytes, _BLOCK))
-
-        def seek(self, offset: int, where: Any) -> bool:
-            whence = {trt.SeekPosition.SET: 0, trt.SeekPosition.CUR: 1, trt.SeekPosition.END: 2}[where]
-            file.seek(offset, whence)
-            return True
-
-    return Reader()

@@ -4,7 +4,7 @@ The three share one Python API. All other modules here take TensorRT's module as
 members, never their numbers, which changed between versions.
 
 We have run the builder of TensorRT-RTX 1.7, on machines without a GPU. TensorRT 10 and 11, and the runtime of TensorRT-RTX, which
-needs a GPU, are type-checked and have not been run.
+needs a GPU, are type-checked, and run in the tests on a stand-in that keeps their contract.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +33,9 @@ class Api(Protocol):
 
     __name__: str
     __version__: str
+
+    def __hash__(self) -> int: ...
+
     Builder: type[tensorrt.Builder]
     BuilderFlag: type[tensorrt.BuilderFlag]
     DataType: type[tensorrt.DataType]
@@ -39,14 +43,13 @@ class Api(Protocol):
     HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
     ILogger: type[tensorrt.ILogger]
     IProgressMonitor: type[tensorrt.IProgressMonitor]
-    IStreamReaderV2: type[tensorrt.IStreamReaderV2]
     IStreamWriter: type[tensorrt.IStreamWriter]
     MemoryPoolType: type[tensorrt.MemoryPoolType]
     NetworkDefinitionCreationFlag: type[tensorrt.NetworkDefinitionCreationFlag]
     OnnxParser: type[tensorrt.OnnxParser]
+    OnnxParserRefitter: type[tensorrt.OnnxParserRefitter]
     Refitter: type[tensorrt.Refitter]
     Runtime: type[tensorrt.Runtime]
-    SeekPosition: type[tensorrt.SeekPosition]
     Weights: type[tensorrt.Weights]
 
 
@@ -68,6 +71,9 @@ class Flavour:
     """Whether builds time kernels, and can keep the timings. TensorRT-RTX times none; it completes a plan when it loads it."""
     has_runtime_cache: bool
     """Whether kernels are compiled for this GPU when a plan is loaded, and can be kept. TensorRT compiles them in the build."""
+    captures_graphs: bool
+    """Whether the runtime captures CUDA graphs itself. TensorRT-RTX does, for it compiles kernels in the background and captures anew
+    when they are ready: a graph that a caller captures keeps the slower kernels from before."""
     takes_plugins: bool
     """Whether a graph may hold plugins."""
 
@@ -123,6 +129,8 @@ class Flavour:
         # torch-tensorrt does not use such plugins on 10.14.
         if release < (10, 9) or release == (10, 14):
             return f"plugins that are compiled ahead of time need TensorRT 10.9 or later, but not 10.14; {version} is installed"
+        if release < (11, 2) and sys.version_info >= (3, 13):  # it passes a generic alias to `issubclass`
+            return f"TensorRT {version} cannot register plugins with Python 3.13 or later; TensorRT 11.2 can"
         if importlib.util.find_spec("triton") is None:
             return "compiling the plugin needs Triton, which is not installed"
         return None
@@ -140,17 +148,25 @@ class Flavour:
                 raise InputError(f"{self.backend} does not build for {name!r}; it builds for {', '.join(self.capabilities)}")
 
     def set_target(self, trt: Api, config: tensorrt.IBuilderConfig, capabilities: Sequence[str]) -> None:
-        """Set the compute capabilities to build for; TensorRT's default if none is named."""
-        if not capabilities:
+        """Set the compute capabilities to build for, and that engines work in the caller's memory alone, which graphs need.
+
+        Without capabilities, plans are for the GPU of this machine if there is one: TensorRT-RTX's own default is every GPU from
+        Ampere on.
+        """
+        if not self.builds_ahead_of_time:
             return
         rtx, rtx_config = cast(Any, trt), cast(Any, config)
+        config.set_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        capabilities = capabilities or (("CURRENT",) if gpu_is_present() else ())
+        if not capabilities:
+            return
         rtx_config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
             rtx_config.set_compute_capability(getattr(rtx.ComputeCapability, name), index)
 
     def create_context(
-        self, trt: Api, engine: tensorrt.ICudaEngine, *, cache: bytes | None, specialisation: str
-    ) -> tuple[tensorrt.IExecutionContext, Callable[[], bytes] | None]:
+        self, trt: Api, engine: tensorrt.ICudaEngine, *, cache: bytes | None, specialisation: str, cuda_graphs: bool
+    ) -> tuple[tensorrt.IExecutionContext | None, Callable[[], bytes | None] | None]:
         """Make an execution context that works in the caller's activation memory.
 
         Args:
@@ -158,9 +174,11 @@ class Flavour:
             engine: the plan on the GPU.
             cache: compiled kernels that an earlier context of TensorRT-RTX returned.
             specialisation: when TensorRT-RTX compiles kernels for a new shape: one of `SPECIALISATIONS`.
+            cuda_graphs: whether TensorRT-RTX captures CUDA graphs.
 
         Returns:
-            The context, and for TensorRT-RTX a function that returns its compiled kernels, to be kept for the next context.
+            The context, None if TensorRT cannot make one; and for TensorRT-RTX a function that returns its compiled kernels, None if
+            it cannot, to be kept for the next context.
         """
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.has_runtime_cache:
@@ -169,11 +187,18 @@ class Flavour:
         config.set_execution_context_allocation_strategy(strategy)
         strategies = cast(Any, trt).DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, specialisation.upper())
+        graphs = cast(Any, trt).CudaGraphStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if cuda_graphs else graphs.DISABLED
         kept = config.create_runtime_cache()
         if cache:
             kept.deserialize(cache)  # the cache stays empty if this one comes from another GPU, driver or version
         config.set_runtime_cache(kept)
-        return engine.create_execution_context(config), lambda: bytes(kept.serialize())
+
+        def serialize() -> bytes | None:
+            blob = kept.serialize()
+            return None if blob is None else bytes(blob)
+
+        return engine.create_execution_context(config), serialize
 
 
 SPECIALISATIONS = ("lazy", "eager", "none")
@@ -187,6 +212,7 @@ RTX = Flavour(
     capabilities_by_default=("SM80", "SM86", "SM89", "SM120", "SM121"),
     has_timing_cache=False,
     has_runtime_cache=True,
+    captures_graphs=True,
     takes_plugins=False,
 )
 TENSORRT = Flavour(
@@ -197,6 +223,7 @@ TENSORRT = Flavour(
     capabilities_by_default=(),
     has_timing_cache=True,
     has_runtime_cache=False,
+    captures_graphs=False,
     takes_plugins=True,
 )
 FLAVOURS = {flavour.backend: flavour for flavour in (TENSORRT, RTX)}

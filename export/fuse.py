@@ -7,6 +7,8 @@ the pair: a backend without a kernel for it expands it.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy
 import onnx_ir as ir
 
@@ -38,20 +40,48 @@ def fuse_cache_reuse(model: ir.Model) -> int:
     return len(places)
 
 
-def name_plugin(model: ir.Model) -> int:
-    """Replace the local function by TensorRT's plugin of the same name, compiled ahead of time.
+def name_plugin(model: ir.Model, widths: Container[int]) -> int:
+    """Replace the local function by TensorRT's plugin of the same name, compiled ahead of time, where the plugin takes the rows.
 
-    TensorRT recognises a plugin's node by the name of its op and the attributes ``plugin_namespace`` and ``aot``.
+    TensorRT recognises a plugin's node by the name of its op and the attributes ``plugin_namespace`` and ``aot``. Elsewhere the
+    function's body takes the node's place.
+
+    Args:
+        model: is changed.
+        widths: widths of rows that the plugin takes.
 
     Returns:
-        The number of nodes.
+        The number of nodes that are plugins.
     """
-    model.functions.pop((DOMAIN, OP, ""), None)
     nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP)]
+    taken = [node for node in nodes if _width(node) in widths]
     for node in nodes:
+        if node not in taken:
+            _expand(model.graph, node)
+    for node in taken:
         node.attributes.add(ir.AttrString("plugin_namespace", DOMAIN))
         node.attributes.add(ir.AttrInt64("aot", 1))
-    return len(nodes)
+    model.functions.pop((DOMAIN, OP, ""), None)
+    return len(taken)
+
+
+def _width(fused: ir.Node) -> int:
+    weight = fused.inputs[2]
+    assert weight is not None and weight.shape is not None
+    return int(weight.shape.numpy()[0])
+
+
+def _expand(graph: ir.Graph, fused: ir.Node) -> None:
+    """Put an addition and a norm in the place of the op."""
+    hidden, cache, weight, bias = fused.inputs
+    add = ir.Node("", "Add", [hidden, cache], name=f"{fused.name}.add")
+    attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", fused.attributes.get_float("epsilon", 1e-5))]
+    norm = ir.Node("", "LayerNormalization", [add.outputs[0], weight, bias], attributes, name=f"{fused.name}.norm")
+    graph.insert_before(fused, [add, norm])
+    for before, after in zip(fused.outputs, (add.outputs[0], norm.outputs[0]), strict=True):
+        after.name, after.shape, after.type = before.name, before.shape, before.type
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+    graph.remove(fused, safe=True)
 
 
 def _norm_after(value: ir.Value) -> ir.Node | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.kernels.language import DTYPES, HAS_TRITON, jit, power_of_two, tl
 
-WIDTHS = range(64, 4097)
+WIDTHS = range(16, 4097)
 """Widths that the kernel supports; the reference supports all."""
 
 
@@ -40,13 +40,18 @@ def tile_of(width: int) -> Tile:
     return TUNED.get(width) or Tile(max(1, 512 // block), min(8, max(1, block // 512)))
 
 
+def takes(width: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel supports rows of a width and dtype."""
+    return dtype in DTYPES and width in WIDTHS
+
+
 def check_takes(width: int, dtype: torch.dtype) -> None:
     """Check that the kernel supports rows of a width and dtype.
 
     Raises:
         UnsupportedError: if it does not.
     """
-    if dtype not in DTYPES or width not in WIDTHS:
+    if not takes(width, dtype):
         raise UnsupportedError(
             f"the kernel takes rows of {WIDTHS.start} to {WIDTHS.stop - 1} in fp16, bf16 or fp32, got rows of {width} in {dtype}; "
             "use --fuse-cache-reuse off"

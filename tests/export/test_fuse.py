@@ -101,11 +101,22 @@ def test_anything_else_is_left_alone(model: ir.Model) -> None:
 def test_the_plugin_takes_the_place_of_the_function() -> None:
     model = graph()
     fuse_cache_reuse(model)
-    assert name_plugin(model) == 1
+    assert name_plugin(model, {8}) == 1
     assert not model.functions
     (node,) = [node for node in model.graph if node.op_type == OP]
     assert (node.domain, node.attributes.get_string("plugin_namespace"), node.attributes.get_int("aot")) == (DOMAIN, "tgate", 1)
     assert node.attributes.get_float("epsilon") == pytest.approx(0.01)
+
+
+def test_a_width_that_the_plugin_does_not_take_is_left_to_standard_ops() -> None:
+    model = graph()
+    before = run(model)
+    fuse_cache_reuse(model)
+    assert name_plugin(model, {16}) == 0
+    assert not model.functions
+    assert not [node for node in model.graph if node.op_type == OP]
+    for got, expected in zip(run(model), before, strict=True):
+        numpy.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "places"), [("sd15", 16), ("sdxl", 70)])

@@ -103,7 +103,7 @@ def test_a_gpu_that_the_compiler_does_not_know(folder: Path) -> None:
 
 
 def test_what_the_kernel_does_not_take_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="rows of 64 to 4096"):
+    with pytest.raises(UnsupportedError, match="rows of 16 to 4096"):
         cached_residual_layer_norm(5000, torch.float16, 1e-5)
 
 

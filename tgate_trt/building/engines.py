@@ -27,6 +27,7 @@ from tgate_trt.export.fuse import name_plugin
 from tgate_trt.export.weights import WEIGHTS_FILE, files_of
 from tgate_trt.export.weights_as_inputs import turn_weights_into_inputs
 from tgate_trt.files import link_or_copy, sha256, stamp
+from tgate_trt.kernels.cached_residual_layer_norm import WIDTHS
 from tgate_trt.specs import GraphSpec, TensorSpec
 from tgate_trt.taps import GRAPHS
 
@@ -170,7 +171,7 @@ def _graph_to_build(folder: Path, name: str, weights: str, plugins: bool) -> Ite
     model = ir.load(graph)
     parameters = {} if weights == "baked" else turn_weights_into_inputs(model, convolutions=weights == "shared")
     if plugins:
-        name_plugin(model)
+        name_plugin(model, WIDTHS)
     variant = folder / f".{name}.variant.onnx"
     try:
         ir.save(model, variant)

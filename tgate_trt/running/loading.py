@@ -16,6 +16,7 @@ from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import component_of, weight_files
 from tgate_trt.bundle.folder import beside
 from tgate_trt.bundle.loras import BundleLoras
+from tgate_trt.bundle.manifest import graph_file
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
@@ -108,7 +109,7 @@ class EngineLoader:
             FLAVOURS[self.backend],
             self._arena,
             weights=weights,
-            weight_files=files,
+            graph=self.bundle.folder / graph_file(spec.name),
             options=runtime_options(self.bundle, self.cuda_graphs, self.specialisation),
             changed=changed,
         )
