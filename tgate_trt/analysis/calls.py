@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tgate_trt.gate.denoiser import has_equal_halves
+from tgate_trt.gate.denoiser import differing_halves
 from tgate_trt.gate.schedule import NONE, GateSchedule
 from tgate_trt.gate.scheduler import schedule_of
 
@@ -68,7 +68,7 @@ class _Counter:
         timesteps = self._pipeline.scheduler.timesteps
         if self._last is None or self._timesteps is not timesteps:
             self._timesteps = timesteps
-            self._last = Call(0, schedule_of(self._pipeline, timestep, NONE), has_equal_halves(sample))
+            self._last = Call(0, schedule_of(self._pipeline, timestep, NONE), not bool(differing_halves(sample)))
         else:
             self._last = Call(self._last.number + 1, self._last.schedule, self._last.guided)
         return self._last

@@ -1,7 +1,8 @@
 """`GatedDenoiser`: stands where a pipeline's UNet or transformer stood, and switches engines at the gate.
 
-A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the
-planning engine on that batch. The last planning call's cross-attention outputs are averaged over the two halves and kept.
+A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the vanilla
+engine on that batch if it has one, and at the last planning call the planning engine, which gives out cross-attention too. That
+call's outputs are averaged over the two halves and kept.
 From the gate on it runs the fidelity engine on the negative half alone and returns the prediction ``n`` twice, so that
 the pipeline's guidance, ``n + s·(n − n)``, gives ``n`` (T-GATE, arXiv 2404.02747, section 4). `tgate_trt.gate.after_gate` has
 the other modes.
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
-from tgate_trt.errors import GateError, UnsupportedError
+from tgate_trt.errors import GateError, InputError, UnsupportedError
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
 from tgate_trt.gate.caller import calling_pipeline, is_executing, is_of_this_thread
+from tgate_trt.gate.fetched import Fetched
 from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step
-from tgate_trt.gate.scheduler import place_of, schedule_of
+from tgate_trt.gate.scheduler import begin_at, place_of, schedule_of
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.kernels.hand_off import HandOff
 from tgate_trt.specs import ROWS, TensorSpec
@@ -85,6 +87,8 @@ class _Run:
     """Of the pipeline's method, until the last call."""
     first: int | None
     """Index of the first call's timestep in the scheduler's tensor, or None for a copy."""
+    awaited: Fetched
+    """What the host checks once the first call is launched; see `GatedDenoiser._check`."""
     calls: int = 0
     """Calls made so far."""
     lost_guidance: bool = False
@@ -119,6 +123,7 @@ class GatedDenoiser(StandIn):
         replaces: nn.Module,
         planning: Engine,
         fidelity: Engine,
+        vanilla: Engine | None = None,
         *,
         gate_step: GateStep,
         guidance: bool | None = None,
@@ -133,9 +138,10 @@ class GatedDenoiser(StandIn):
         Args:
             pipeline: the diffusers pipeline that will call it; the step follows from its scheduler.
             replaces: the denoiser that stood there, or its architecture on the ``meta`` device.
-            planning: engine for the steps before the gate.
+            planning: engine for the last planning step, and for all without a vanilla one.
             fidelity: engine for the steps from the gate on. One that takes no caches, such as the vanilla graph's,
                 drops guidance at the gate and nothing else.
+            vanilla: engine for the planning steps whose cross-attention is not reused: it need not give it out.
             gate_step: number of planning steps, a fraction of the steps, a noise level such as ``"noise:1.35"``, or ``"none"``.
             guidance: whether runs are guided; read from the pipeline if None.
             after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
@@ -151,6 +157,7 @@ class GatedDenoiser(StandIn):
         self._pipeline = weakref.ref(pipeline)
         self.planning = planning
         self.fidelity = fidelity
+        self.vanilla = vanilla
         self.gate_step = gate_step
         self.guidance = guidance
         self.after_gate = after_gate
@@ -161,8 +168,11 @@ class GatedDenoiser(StandIn):
         self.observer: Observer | None = None
         """Surrounds every run of an engine and every hand-off while it is set, for example to time them."""
         self._low_memory = low_memory and planning is not fidelity
+        if low_memory and vanilla is not None:
+            raise InputError("low_memory holds one engine at a time, so it takes no vanilla engine beside the planning one")
         self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
         self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
+        self._vanilla_inputs = None if vanilla is None else _own_inputs(vanilla)
         self._cache_inputs = fidelity.spec.cache_inputs
         self._run: _Run | None = None
         self._displaced: list[FrameType] = []
@@ -274,11 +284,18 @@ class GatedDenoiser(StandIn):
             )
             call = run.calls - 1
             prediction = (self._run_planning if run.schedule.is_planning(call) else self._run_fidelity)(run, call, tensors)
+            if call == 0:
+                self._check(run)
         if not return_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=prediction)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """All of its engines."""
+        return (self.planning, self.fidelity, *(() if self.vanilla is None else (self.vanilla,)))
 
     def serves(self, pipeline: Any) -> bool:
         """Whether this is the pipeline whose scheduler and guidance the denoiser reads."""
@@ -286,8 +303,8 @@ class GatedDenoiser(StandIn):
 
     def close(self) -> None:
         """Free the engines, the run and its buffers."""
-        self.planning.close()
-        self.fidelity.close()
+        for engine in self.engines:
+            engine.close()
         self._run = None
         self._memory.clear()
         self._hand_offs.clear()
@@ -317,8 +334,8 @@ class GatedDenoiser(StandIn):
         tokens = next((tensor.shape[1] for tensor in self.planning.spec.inputs if tensor.name == "encoder_hidden_states"), text.shape[1])
         if text.shape[1] != tokens:
             raise GateError(f"this bundle takes prompts of {tokens} tokens, and the call gives {text.shape[1]}; shorten the prompt")
-        planning, fidelity = (engine.spec.dimensions[ROWS] for engine in (self.planning, self.fidelity))
-        most = min(planning.maximum // (2 if run.guided else 1), fidelity.maximum)
+        planning, fidelity, *vanilla = (engine.spec.dimensions[ROWS] for engine in self.engines)
+        most = min(min(rows.maximum for rows in (planning, *vanilla)) // (2 if run.guided else 1), fidelity.maximum)
         if not fidelity.minimum <= run.images <= most:
             raise GateError(
                 f"this bundle draws {fidelity.minimum} to {most} images in one run, and the call asks for {run.images}; "
@@ -389,35 +406,55 @@ class GatedDenoiser(StandIn):
     def _begin(self, pipeline: Any, frame: FrameType | None, sample: Tensor, timestep: Tensor | float | int) -> _Run:
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
-        if guided and not has_equal_halves(sample):
-            raise GateError(
-                f"a guided batch is the same latents twice, [negative, positive], but these {rows} rows are not; "
-                "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
-            )
+        timesteps = pipeline.scheduler.timesteps
+        awaited = Fetched(differing_halves(sample) if guided else torch.zeros((), dtype=torch.bool), timesteps)
         for key in [key for key in self._memory if key[1] not in (rows, rows // 2)]:
             del self._memory[key]
         for sizes in [sizes for sizes in self._hand_offs if sizes[0] != rows]:
             del self._hand_offs[sizes]
-        timesteps = pipeline.scheduler.timesteps
         schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
-        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, place_of(timesteps, timestep))
+        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, place_of(timesteps, timestep), awaited)
+
+    def _check(self, run: _Run) -> None:
+        """Once the first call is launched, check its batch, and spare the scheduler a search on the GPU.
+
+        The host waits for what lies before that call, so the GPU goes on with the call meanwhile. A scheduler that knows no place to
+        begin at would search for it after the call, and wait until the GPU has done it.
+
+        Raises:
+            GateError: if the batch of a guided run is not the same latents twice.
+        """
+        differ, timesteps = run.awaited.values()
+        if differ:
+            self._run = None
+            raise GateError(
+                f"a guided batch is the same latents twice, [negative, positive], but these {run.rows} rows are not; "
+                "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
+            )
+        pipeline = run.pipeline()
+        if run.first is not None and pipeline is not None:
+            begin_at(pipeline.scheduler, timesteps, run.first)
 
     def _is_guided(self, pipeline: Any, sample: Tensor) -> bool:
         """Whether the batch is ``[negative, positive]``: by ``guidance``, else by the pipeline, else by equal halves at the first call."""
         if self.guidance is not None:
             return self.guidance
         does_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
-        return has_equal_halves(sample) if does_guidance is None else bool(does_guidance)
+        return not bool(differing_halves(sample)) if does_guidance is None else bool(does_guidance)
 
     def _run_planning(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
-        """Run the planning engine on the whole batch; hand off its caches at the last planning call."""
+        """Run the planning engine on the whole batch and hand off its caches at the last planning call, else the vanilla one."""
         if self._low_memory:
             self.fidelity.unload()
-        outputs = self._outputs(self.planning, run.rows)
-        inputs = _inputs(self._planning_inputs, tensors, None)
+        hands_off = run.schedule.hands_off(call)
+        engine, wanted = self.planning, self._planning_inputs
+        if not hands_off and self.vanilla is not None and self._vanilla_inputs is not None:
+            engine, wanted = self.vanilla, self._vanilla_inputs
+        outputs = self._outputs(engine, run.rows)
+        inputs = _inputs(wanted, tensors, None)
         with self._observed(PLANNING):
-            self.planning.run(inputs, outputs)
-        if run.schedule.hands_off(call):
+            engine.run(inputs, outputs)
+        if hands_off:
             with self._observed(HAND_OFF):
                 self._hand_off(run, outputs)
         return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
@@ -483,10 +520,10 @@ class GatedDenoiser(StandIn):
         return self._memory[key]
 
 
-def has_equal_halves(sample: Tensor) -> bool:
-    """Whether the first half of the rows equals the second, as in a batch doubled for guidance."""
+def differing_halves(sample: Tensor) -> Tensor:
+    """Whether the first half of the rows differs from the second, as it does not in a batch doubled for guidance: bool, ``[]``."""
     rows = sample.shape[0]
-    return rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+    return torch.ones((), dtype=torch.bool) if rows % 2 else (sample[: rows // 2] != sample[rows // 2 :]).any()
 
 
 def _rows_of(run: _Run, name: str, tensor: Any) -> Any:

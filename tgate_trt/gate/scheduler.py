@@ -124,6 +124,18 @@ def place_of(timesteps: Tensor, timestep: Tensor | float | int) -> int | None:
     return offset // timesteps.element_size() if 0 <= offset < timesteps.nbytes else None
 
 
+def begin_at(scheduler: Any, timesteps: Tensor, place: int) -> None:
+    """Set where a scheduler begins, as it would find it itself at its first step, unless it knows already.
+
+    Args:
+        scheduler: a diffusers scheduler, after ``set_timesteps``.
+        timesteps: its ``timesteps`` on the host.
+        place: index of the run's first timestep.
+    """
+    if hasattr(scheduler, "set_begin_index") and scheduler.begin_index is None and scheduler.step_index is None:
+        scheduler.set_begin_index(scheduler.index_for_timestep(timesteps[place], timesteps))
+
+
 def _calls_a_step(scheduler: Any) -> tuple[int, int]:
     """The order of a scheduler, which is its calls a step, and the calls that it makes besides, before its second step.
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, UNCOMPILED
+from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, has_engine
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.components import component_of, weight_files
+from tgate_trt.bundle.components import VAE_DECODER, component_of, components_of, weight_files
 from tgate_trt.bundle.folder import beside
 from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.bundle.manifest import graph_file
@@ -22,10 +23,11 @@ from tgate_trt.engines.base import Engine
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
 from tgate_trt.errors import StaleBundleError, UnsupportedError
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
+from tgate_trt.specs import CACHE_PREFIX, DTYPES, MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
 if TYPE_CHECKING:
+    from tgate_trt.engines.pytorch import PyTorchOptions
     from tgate_trt.engines.shared_weights import SharedWeights
     from tgate_trt.engines.tensorrt import Arena, RuntimeOptions
 
@@ -62,33 +64,78 @@ class EngineLoader:
             InputError: if there is no such specialisation.
             UnsupportedError: if this machine lacks the backend.
         """
+        if self.backend == PYTORCH and graph == VAE_DECODER:
+            return self._load_decoder()
         spec = self.bundle.graph(graph)
         path = self.bundle.folder / self.bundle.manifest.engines[self.backend].files[graph]
-        if self.backend in UNCOMPILED:
-            # No profile is needed: such an engine takes every batch for which the trace holds.
-            spec = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
-        changed = self.changed_weights(component_of(self.bundle, graph))
         if self.backend == PYTORCH:
-            return self._load_module(path, spec, changed)
+            return self._load_module(path, spec)
+        changed = self.changed_weights(component_of(self.bundle, graph))
         if self.backend == ONNXRUNTIME:
             from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 
             self.bundle.load_graph(path.name)  # for its check
-            return OnnxRuntimeEngine(path, spec, device=self.device, threads=self.threads, changed=changed)
+            return OnnxRuntimeEngine(path, _of_any_batch(spec), device=self.device, threads=self.threads, changed=changed)
         return self._load_plan(path, spec, changed)
 
-    def _load_module(self, weights: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
-        """The denoiser in PyTorch; all graphs share its weights."""
-        from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
+    def load_vanilla(self) -> Engine | None:
+        """The engine for planning steps whose cross-attention is not reused, where it costs next to no memory; else None.
 
+        In PyTorch it is the denoiser itself, on the same weights; of TensorRT the bundle must hold it, with weights that are inputs.
+        """
+        engines = self.bundle.manifest.engines[self.backend]
+        if self.backend == PYTORCH:
+            planning = self.bundle.graph("planning")
+            outputs = tuple(tensor for tensor in planning.outputs if not tensor.name.startswith(CACHE_PREFIX))
+            spec = dataclasses.replace(planning, name="vanilla", outputs=outputs)
+            return self._load_module(self.bundle.folder / engines.files["planning"], spec)
+        if self.backend in FLAVOURS and engines.options["weights"] != "baked" and has_engine(self.bundle, "vanilla", self.backend):
+            return self.load("vanilla")
+        return None
+
+    def _load_module(self, weights: Path, spec: GraphSpec) -> Engine:
+        """The denoiser in PyTorch; all graphs share its weights."""
+        from tgate_trt.engines.projections import arranged
+        from tgate_trt.engines.pytorch import PyTorchEngine
+
+        if not self._state:
+            self._refuse_a_missing_gpu()
+            state = load_file(weights, device=str(self.device))
+            self._state = arranged(state) if self.device.type == "cuda" else state
+        architecture = self.bundle.denoiser_on_meta(torch_dtype(self.bundle.manifest.built_for.precision))
+        changed = self.changed_weights(self.bundle.manifest.model.attribute)
+        spec, options = _of_any_batch(spec), self._options()
+        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed)
+
+    def _load_decoder(self) -> Engine:
+        """The VAE's decoder in PyTorch, with channels last; in bf16 where fp16 overflows and the model asks for fp32."""
+        from tgate_trt.engines.pytorch import ModuleEngine
+
+        self._refuse_a_missing_gpu()
+        manifest = self.bundle.manifest
+        component, precision = components_of(self.bundle.pipeline)[VAE_DECODER], manifest.built_for.precision
+        own = component.precision(precision)
+        if own == "fp32" != precision and torch.cuda.is_bf16_supported():
+            own = "bf16"
+        spec = component.spec(manifest.built_for, manifest.model.text_tokens)
+        takes, gives = (dataclasses.replace(tensor, dtype=DTYPES[own]) for tensor in (*spec.inputs, *spec.outputs))
+        spec = _of_any_batch(dataclasses.replace(spec, inputs=(takes,), outputs=(gives,)))
+        model: Any = component.load(self.bundle.pipeline, torch_dtype(own))
+        module = component.wrap(model.to(self.device, memory_format=torch.channels_last))
+
+        def decode(given: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
+            written[gives.name].copy_(module(given[takes.name])[0])
+
+        return ModuleEngine(decode, spec, self.device, self._options())
+
+    def _options(self) -> PyTorchOptions:
+        from tgate_trt.engines.pytorch import PyTorchOptions
+
+        return PyTorchOptions(self.cuda_graphs, self.compile, self.threads, self.bundle.manifest.built_for.fuse_cache_reuse)
+
+    def _refuse_a_missing_gpu(self) -> None:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("PyTorch cannot use CUDA here; use device='cpu'")
-        if not self._state:
-            self._state = load_file(weights, device=str(self.device))
-        built_for = self.bundle.manifest.built_for
-        architecture = self.bundle.denoiser_on_meta(torch_dtype(built_for.precision))
-        options = PyTorchOptions(self.cuda_graphs, self.compile, self.threads, built_for.fuse_cache_reuse)
-        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed)
 
     def _load_plan(self, path: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
         from tgate_trt.engines.shared_weights import SharedWeights
@@ -113,6 +160,11 @@ class EngineLoader:
             options=runtime_options(self.bundle, self.cuda_graphs, self.specialisation),
             changed=changed,
         )
+
+
+def _of_any_batch(spec: GraphSpec) -> GraphSpec:
+    """The spec without its profile: an engine that is not compiled takes every batch for which the trace holds."""
+    return dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
 
 
 def runtime_options(bundle: Bundle, cuda_graphs: bool = True, specialisation: str = "lazy") -> RuntimeOptions:

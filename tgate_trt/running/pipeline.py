@@ -15,9 +15,9 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.bundle.backends import choose_backend, has_engine
+from tgate_trt.bundle.backends import PYTORCH, choose_backend, has_engine
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.components import TEXT_ENCODERS
+from tgate_trt.bundle.components import TEXT_ENCODERS, VAE_DECODER, components_of
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
 from tgate_trt.eager import is_architecture, torch_dtype
 from tgate_trt.errors import GateError, InputError
@@ -170,7 +170,7 @@ def refit(target: str | os.PathLike[str] | Bundle | Any, lora: Sequence[str | Lo
     loras = BundleLoras.read(origin.bundle, files)
     loras.refuse_what_cannot_be_refitted(origin.backend)
     weights = loras.weights(origin.bundle.manifest.model.attribute)
-    for engine in (gated.planning, gated.fidelity):
+    for engine in gated.engines:
         engine.replace_weights(weights)
     origin.loras = loras
     _refit_components(target, loras, with_engines=True)
@@ -255,7 +255,9 @@ def _draw_by_default(pipeline: Any, height: int, width: int) -> None:
 
 
 def component_graphs(loader: EngineLoader) -> list[str]:
-    """Graphs of components of which the bundle holds engines of the backend that runs."""
+    """Graphs of components that run as engines of the backend: those that the bundle holds; with PyTorch on a GPU the VAE's decoder."""
+    if loader.backend == PYTORCH:
+        return [VAE_DECODER] if loader.device.type == "cuda" and VAE_DECODER in components_of(loader.bundle.pipeline) else []
     return [graph for graph in loader.bundle.manifest.model.components if has_engine(loader.bundle, graph, loader.backend)]
 
 
@@ -271,6 +273,7 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         replaces,
         planning,
         loader.load("fidelity"),
+        None if low_memory else loader.load_vanilla(),
         gate_step=manifest.default_gate_step if gate_step is None else gate_step,
         guidance=options.get("guidance"),
         after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
