@@ -407,7 +407,10 @@ class GatedDenoiser(StandIn):
         rows = sample.shape[0]
         guided = self._is_guided(pipeline, sample)
         timesteps = pipeline.scheduler.timesteps
-        awaited = Fetched(differing_halves(sample) if guided else torch.zeros((), dtype=torch.bool), timesteps)
+        differ = differing_halves(sample) if guided else torch.zeros((), dtype=torch.bool)
+        if not differ.is_cuda:
+            _refuse_differing_halves(differ, rows)
+        awaited = Fetched(differ, timesteps)
         for key in [key for key in self._memory if key[1] not in (rows, rows // 2)]:
             del self._memory[key]
         for sizes in [sizes for sizes in self._hand_offs if sizes[0] != rows]:
@@ -425,12 +428,7 @@ class GatedDenoiser(StandIn):
             GateError: if the batch of a guided run is not the same latents twice.
         """
         differ, timesteps = run.awaited.values()
-        if differ:
-            self._run = None
-            raise GateError(
-                f"a guided batch is the same latents twice, [negative, positive], but these {run.rows} rows are not; "
-                "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
-            )
+        _refuse_differing_halves(differ, run.rows)
         pipeline = run.pipeline()
         if run.first is not None and pipeline is not None:
             begin_at(pipeline.scheduler, timesteps, run.first)
@@ -524,6 +522,14 @@ def differing_halves(sample: Tensor) -> Tensor:
     """Whether the first half of the rows differs from the second, as it does not in a batch doubled for guidance: bool, ``[]``."""
     rows = sample.shape[0]
     return torch.ones((), dtype=torch.bool) if rows % 2 else (sample[: rows // 2] != sample[rows // 2 :]).any()
+
+
+def _refuse_differing_halves(differ: Tensor, rows: int) -> None:
+    if differ:
+        raise GateError(
+            f"a guided batch is the same latents twice, [negative, positive], but these {rows} rows are not; "
+            "pass guidance=False if they are not guided, and apply the bundle to the pipeline that you run"
+        )
 
 
 def _rows_of(run: _Run, name: str, tensor: Any) -> Any:
