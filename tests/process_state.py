@@ -19,8 +19,10 @@ import psutil
 WATCHED = ("tgate_trt", "triton", "diffusers", "transformers", "huggingface_hub")
 """Packages whose modules and classes must keep their attributes: ours, and those that a test or we could patch."""
 
-_OF_OTHERS = ("PYTEST_", "COV_", "_TORCHINDUCTOR_")
-"""Variables that pytest changes, and one in which `torch.compile` keeps an address that stays the same."""
+_OF_OTHERS = ("PYTEST_", "COV_", "_TORCHINDUCTOR_", "KMP_")
+"""Variables that pytest changes, one in which `torch.compile` keeps an address that stays the same, and those that OpenMP sets once."""
+_LOADED_ANEW = ("__triton_launcher",)
+"""Names under which Triton loads one compiled module after the other."""
 _ABSENT: Any = "absent"
 
 
@@ -52,7 +54,11 @@ class ProcessState:
         for name, old in before.loggers.items():
             if (new := self.loggers.get(name, _ABSENT)) != old:
                 found.append(f"logger {name!r} was {old}, is {new}")
-        found += [f"module {name} was exchanged or removed" for name, old in before.modules.items() if self.modules.get(name) is not old]
+        found += [
+            f"module {name} was exchanged or removed"
+            for name, old in before.modules.items()
+            if self.modules.get(name) is not old and name not in _LOADED_ANEW
+        ]
         for owner, attributes in before.attributes:
             for name, old, new in _changed(owner, attributes):
                 if old is not None:  # else it is a cache that was filled
