@@ -116,9 +116,10 @@ class OnnxRuntimeEngine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads or 0
-        # Idle workers of the planning engine would spin against those of the fidelity engine in its first calls after the gate. Without
-        # spinning, a gated picture of the demo model takes half the time on two loaded cores, and about the same time on two idle ones.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Workers that sleep between two operators take longer to wake than most operators of a small model take to run. Workers that
+        # spin after a run would take the cores from the next one, which may be another engine's.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._weights:
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
         on_cuda = self.device.type == "cuda"

@@ -487,7 +487,7 @@ class GatedDenoiser(StandIn):
         dtype = tensors["sample"].dtype
         if not run.guided:
             return outputs[_PREDICTION].to(dtype, copy=True)
-        both = outputs[_PREDICTION].repeat(2, 1, 1, 1).to(dtype)
+        both = torch.cat([outputs[_PREDICTION]] * 2).to(dtype)
         if after.fades:  # [p − w·d, p], of which the pipeline's guidance, n + s·(p − n), makes p + (s − 1)·w·d
             both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
         return both

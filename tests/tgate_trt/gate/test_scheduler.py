@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from tgate_trt.errors import GateError
 from tgate_trt.gate.schedule import planning_steps
-from tgate_trt.gate.scheduler import level_of_gate, levels_of_run, noise_levels, read_scheduler, schedule_of
+from tgate_trt.gate.scheduler import begin_at, level_of_gate, levels_of_run, noise_levels, read_scheduler, schedule_of
 from tgate_trt.models.architectures import ARCHITECTURES, Architecture
 from tgate_trt.running.drawing import SCHEDULERS
 
@@ -138,3 +139,27 @@ def test_a_run_from_the_middle_keeps_the_level(name: str, copied: bool) -> None:
         timestep = scheduler.timesteps[max(0, begun * scheduler.order)]
         schedule = schedule_of(SimpleNamespace(scheduler=scheduler), timestep.clone() if copied else timestep, f"noise:{levels[5] * 1.001}")
         assert (schedule.steps, schedule.gate_step) == (10 - begun, max(1, 5 - begun))
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_begins_where_it_would_itself(name: str, place: int) -> None:
+    sample, found = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    for told in (False, True):
+        scheduler = made(name)
+        scheduler.set_timesteps(6)
+        first = scheduler.timesteps[place]
+        if told:
+            begin_at(scheduler, scheduler.timesteps, place)
+        scaled = scheduler.scale_model_input(sample, first)
+        generator = {"generator": torch.Generator().manual_seed(0)} if "generator" in signature(scheduler.step).parameters else {}
+        found.append(scheduler.step(0.5 * scaled, first, sample, **generator).prev_sample)
+    assert torch.equal(*found)
+
+
+def test_where_a_pipeline_begins_stays() -> None:
+    scheduler = made("dpm++")
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(3)
+    begin_at(scheduler, scheduler.timesteps, 0)
+    assert scheduler.begin_index == 3
