@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tgate_trt import children
+from tgate_trt.bench.probe import Try, attempt
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import BuiltFor, BuiltFrom, EngineSet, Manifest
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
@@ -22,7 +25,7 @@ from tgate_trt.engines.shared_weights import SharedWeights
 from tgate_trt.engines.tensorrt import Arena, RuntimeOptions, TensorRTEngine
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS, Flavour
-from tgate_trt.errors import BundleError, InputError, UnsupportedError
+from tgate_trt.errors import BundleError, InputError, TGateError, UnsupportedError
 from tgate_trt.models.source import ModelReference
 from tgate_trt.running.loading import EngineLoader
 from tgate_trt.specs import Bounds, GraphSpec, TensorSpec
@@ -119,14 +122,25 @@ def sd_like_bundle(tmp_path: Path) -> Bundle:
 # What needs one.
 
 
+@functools.cache
+def why_not(backend: str) -> str | None:
+    """Why a flavour cannot run here, as `tgate-bench probe` finds it; None if it can."""
+    if not FLAVOURS[backend].is_installed():
+        return f"{FLAVOURS[backend].requirement} is not installed here"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    try:
+        return children.run(attempt, Try(backend, None), f"the try of {backend}", "").get("error")
+    except TGateError as error:
+        return str(error)
+
+
 @pytest.fixture(params=list(FLAVOURS.values()), ids=lambda flavour: flavour.backend)
 def flavour(request: pytest.FixtureRequest) -> Flavour:
-    """Each flavour that is installed here, where there is a GPU."""
+    """Each flavour that runs here. TensorRT-RTX builds for, and then refuses, GPUs that it does not support."""
     found: Flavour = request.param
-    if not found.is_installed():
-        pytest.skip(f"{found.requirement} is not installed here")
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device here")
+    if reason := why_not(found.backend):
+        pytest.skip(reason)
     return found
 
 
@@ -252,8 +266,8 @@ def test_pictures_are_those_of_onnx_runtime(flavour: Flavour, weights_mode: str,
 def test_polygraphy_agrees(graph: Path, tmp_path: Path) -> None:
     """A second tool builds and compares the same graph: ONNX Runtime against TensorRT-RTX."""
     pytest.importorskip("polygraphy")
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device here")
+    if reason := why_not("tensorrt-rtx"):
+        pytest.skip(reason)
     shapes = [f"{tensor.name}:{list(tensor.concrete(batch=2))}".replace(" ", "") for tensor in (*SPEC.inputs, WEIGHT)]
     done = subprocess.run(
         [

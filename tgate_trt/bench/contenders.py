@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from tgate_trt.bench.settings import COMPILED, OFFICIAL, Setting
+from tgate_trt.bench.graphed import capture_calls
+from tgate_trt.bench.settings import CAPTURED, CHANNELS_LAST, COMPILED, CUTOFF, OFFICIAL, TGATE, Setting
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.loras import BundleLoras
@@ -35,8 +36,10 @@ PARTS = (PLANNING, FIDELITY, HAND_OFF, TEXT, VAE, *OUTSIDE)
 _OFFICIAL_LOADERS = {"StableDiffusionPipeline": "TgateSDLoader", "StableDiffusionXLPipeline": "TgateSDXLLoader"}
 _WITHOUT_SELF_ATTENTION_REUSE = {"sp_interval": 1, "fi_interval": 1, "warm_up": 2}
 """Settings of the official code: by default it also reuses self-attention before the gate, as in the method's second version."""
-_WARM_UP_STEPS = 2
-"""One step before the gate and one after it."""
+_CUTOFFS = {"StableDiffusionPipeline": "SDCFGCutoffCallback", "StableDiffusionXLPipeline": "SDXLCFGCutoffCallback"}
+"""diffusers' own callbacks that end guidance, by pipeline."""
+_WARM_UP_STEPS, _WARM_UP_RUNS_ON_GPU = 2, 3
+"""One step before the gate and one after it. On a GPU a step is run, captured and replayed before the clock runs."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,12 @@ class Contender:
         return self._draw(drawing, gate_step, watch, **more)
 
     def warm_up(self, drawing: Drawing) -> None:
-        """Draw in two steps, one before the gate and one after it."""
-        steps = min(_WARM_UP_STEPS, drawing.steps or _WARM_UP_STEPS)
-        self._draw(replace(drawing, steps=steps), NONE if self.setting.gate_step == NONE else 1, None)
+        """Draw in a step before the gate and one after it, on a GPU until the launches of each are captured and replayed."""
+        on_gpu = self.pipeline.device.type == "cuda"
+        wanted = _WARM_UP_STEPS * (1 + on_gpu)  # two before the gate, of which the last may be another engine's
+        steps = min(wanted, drawing.steps or wanted)
+        for _ in range(_WARM_UP_RUNS_ON_GPU if on_gpu else 1):
+            self._draw(replace(drawing, steps=steps), NONE if self.setting.gate_step == NONE else steps // 2, None)
 
     def _draw(self, drawing: Drawing, gate_step: GateStep, watch: Stopwatch | None, **more: Any) -> Any:
         setattr(self.pipeline, self.attribute, self.denoiser)
@@ -79,6 +85,8 @@ class Contender:
             self.denoiser.gate_step = gate_step
         if self.setting.kind == OFFICIAL:
             more |= {"gate_step": gate_step, **_WITHOUT_SELF_ATTENTION_REUSE}
+        if self.setting.kind == CUTOFF:
+            more |= {"callback_on_step_end": _cutoff(self.pipeline, int(gate_step), len(drawing.prompts))}
         if watch is None:
             return draw(self.function, drawing, **more)
         with self._timed(watch, 2 * len(drawing.prompts)) as function:
@@ -186,23 +194,33 @@ class Studio:
     def _close_others(self, setting: Setting) -> None:
         """Close the engines that a setting does not use, and forget the contenders that use them."""
         for backend, graph in list(self._engines):
-            if backend != setting.backend or graph not in setting.graphs:
+            if backend != setting.backend or graph not in self._graphs(setting, backend):
                 self._engines.pop((backend, graph)).close()
         for other in [other for other in self._contenders if other.backend]:
-            if any((other.backend, graph) not in self._engines for graph in other.graphs):
+            if any((other.backend, graph) not in self._engines for graph in self._graphs(other, str(other.backend))):
                 del self._contenders[other]
+
+    def _graphs(self, setting: Setting, backend: str) -> tuple[str, ...]:
+        """The graphs whose engines a setting runs: T-GATE's planning steps before the last run the vanilla one where weights are shared."""
+        return (*setting.graphs, "vanilla") if setting.kind == TGATE and self._loader(backend).shares_weights else setting.graphs
 
     def _with_engines(self, setting: Setting, backend: str) -> Contender:
         """A contender that runs a bundle's engines behind a `GatedDenoiser`."""
-        for graph in setting.graphs:
+        graphs = self._graphs(setting, backend)
+        for graph in graphs:
             if (backend, graph) not in self._engines:
                 self._engines[backend, graph] = self._loader(backend).load(graph)
-        pipeline, engines = self.pipeline(backend), [self._engines[backend, graph] for graph in setting.graphs]
+        pipeline, engines = self.pipeline(backend), [self._engines[backend, graph] for graph in graphs]
         denoiser = GatedDenoiser(pipeline, self.architecture, *engines, gate_step=setting.gate_step, after_gate=setting.after_gate)
         return Contender(setting, pipeline, self.bundle.manifest.model.attribute, denoiser, pipeline)
 
     def _eager_contender(self, setting: Setting) -> Contender:
-        """A contender in PyTorch: diffusers, its compiled denoiser, or the official T-GATE code; all denoisers share their weights."""
+        """A contender in PyTorch: diffusers, its captured or compiled denoiser, or the official T-GATE code, all on the same weights.
+
+        Raises:
+            InputError: if it needs a GPU and there is none, or does not support the pipeline.
+            UnsupportedError: if the official code is not installed.
+        """
         from diffusers import DiffusionPipeline
 
         attribute = self.bundle.manifest.model.attribute
@@ -218,6 +236,12 @@ class Studio:
         pipeline = prepare(pipeline.to(self.device), self.scheduler)
         if setting.kind == COMPILED:
             denoiser.compile(dynamic=False)
+        if setting.kind in (CAPTURED, CHANNELS_LAST):
+            if self.device.type != "cuda":
+                raise InputError("--beside graphs and channels-last capture CUDA graphs, and there is no NVIDIA GPU here; leave them out")
+            if setting.kind == CHANNELS_LAST:
+                denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            capture_calls(denoiser)
         return Contender(setting, pipeline, attribute, denoiser, _official(pipeline) if setting.kind == OFFICIAL else pipeline)
 
 
@@ -229,6 +253,22 @@ def _timed_calls(watch: Stopwatch, denoiser: nn.Module, guided_rows: int) -> Ite
         sample = arguments[0] if arguments else keywords.get("sample", keywords.get("hidden_states"))
         watch.start(PLANNING if sample is not None and len(sample) == guided_rows else FIDELITY)
 
+    compiled = denoiser._compiled_call_impl
+    if compiled is not None:  # hooks would be compiled too, and break the graph
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            begin(denoiser, arguments, keywords)
+            try:
+                return compiled(*arguments, **keywords)
+            finally:
+                watch.stop()
+
+        denoiser._compiled_call_impl = timed
+        try:
+            yield
+        finally:
+            denoiser._compiled_call_impl = compiled
+        return
     handles = [
         denoiser.register_forward_pre_hook(begin, with_kwargs=True),
         denoiser.register_forward_hook(lambda *_: watch.stop()),
@@ -238,6 +278,20 @@ def _timed_calls(watch: Stopwatch, denoiser: nn.Module, guided_rows: int) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cutoff(pipeline: Any, gate_step: int, pictures: int) -> Any:
+    """The callback of diffusers that ends guidance after so many steps.
+
+    Raises:
+        InputError: if diffusers has none for the pipeline, or for several pictures at a time.
+    """
+    from diffusers import callbacks
+
+    name = _CUTOFFS.get(type(pipeline).__name__)
+    if name is None or pictures > 1:
+        raise InputError(f"--beside cutoff takes one picture at a time of {', '.join(_CUTOFFS)}; leave it out")
+    return getattr(callbacks, name)(cutoff_step_ratio=None, cutoff_step_index=gate_step - 1)
 
 
 def _official(pipeline: Any) -> Callable[..., Any]:

@@ -42,7 +42,8 @@ def peak_memory(studio: Any, setting: Setting, drawing: Drawing) -> dict[str, in
         drawing: the picture.
 
     Returns:
-        Bytes: ``host``, anonymous memory of the process and those it starts; ``gpu``, of the whole GPU, 0 without one.
+        Bytes: ``host``, anonymous memory of the process and those it starts; ``gpu``, by which the use of the whole GPU grew after
+        the process had begun to use it, 0 without one.
 
     Raises:
         BuildError: if the process did not come to its end.
@@ -149,8 +150,9 @@ def measure(task: Task) -> dict[str, int]:
     from tgate_trt.bench.contenders import Studio
     from tgate_trt.bundle.bundle import Bundle
 
+    others = _gpu_bytes()  # of other processes, and of this one's CUDA context
     with watching(os.getpid(), INTERVAL) as memory:
         bundle, device = Bundle.open(task.bundle), torch.device(task.device)
         with Studio(bundle, device, task.drawing.scheduler, task.threads, components=task.components) as studio:
             studio.contender(Setting(**task.setting)).warm_up(task.drawing)
-    return {"host": memory.anonymous, "gpu": memory.gpu}
+    return {"host": memory.anonymous, "gpu": max(0, memory.gpu - others)}

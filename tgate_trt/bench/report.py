@@ -272,6 +272,24 @@ def _kernels(record: Mapping[str, Any]) -> Iterator[Table]:
     yield Table("What the kernels compile to, fp16", header, rows)
 
 
+def _steps(record: Mapping[str, Any]) -> Iterator[Table]:
+    rows = [{"backend": backend, "graph": graph} | row for backend, found in record["results"].items() for graph, row in found.items()]
+    columns: Columns = {
+        "backend": lambda row: row["backend"],
+        "step": lambda row: row["graph"],
+        "rows": lambda row: str(row["rows"]),
+        "p50": lambda row: seconds(row["seconds"]["median"]),
+        "p10 … p90": lambda row: f"{seconds(row['seconds']['p10'])} … {seconds(row['seconds']['p90'])}",
+        "ratio": lambda row: _ratio(row["ratio"]),
+        "bound": lambda row: f"{row['bound']:.3f}",
+    }
+    notes = (
+        f"Rounds: {record['settings']['rounds']}, each of all steps in turn, forwards and backwards.",
+        "**ratio** is that to the vanilla step of the same round, **bound** the same ratio of multiply-accumulates, attention's included.",
+    )
+    yield _table(f"One step: {_subject(record)}", rows, columns, notes)
+
+
 def _probe(record: Mapping[str, Any]) -> Iterator[Table]:
     columns: Columns = {
         "backend": lambda row: f"{row['backend']} {row['version'] or 'not installed'}",
@@ -289,6 +307,7 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
     "build": _build,
     "kernels": _kernels,
     "probe": _probe,
+    "steps": _steps,
 }
 
 

@@ -10,7 +10,15 @@ from tgate_trt.gate.schedule import NONE, GateStep, planning_steps
 
 VANILLA, CFG_DROP, TGATE = "vanilla", "cfg-drop", "T-GATE"
 EAGER, COMPILED, OFFICIAL = "diffusers", "torch.compile", "official tgate"
-BESIDE = {"eager": EAGER, "compile": COMPILED, "official": OFFICIAL}
+CAPTURED, CHANNELS_LAST, CUTOFF = "diffusers, CUDA graphs", "diffusers, CUDA graphs, channels last", "diffusers, CFG cutoff"
+BESIDE = {
+    "eager": EAGER,
+    "graphs": CAPTURED,
+    "channels-last": CHANNELS_LAST,
+    "cutoff": CUTOFF,
+    "compile": COMPILED,
+    "official": OFFICIAL,
+}
 """Kinds that run no engines, by the names that the command takes."""
 
 
@@ -20,7 +28,8 @@ class Setting:
 
     ``vanilla``, ``cfg-drop`` and ``T-GATE`` run a bundle's engines: the whole graph with guidance at every step; the whole graph,
     without guidance from the gate on; the planning graph before the gate and the fidelity graph after it. The others are
-    PyTorch without engines: unchanged diffusers, diffusers with a compiled denoiser, and the official T-GATE code.
+    PyTorch without engines: unchanged diffusers; the same with its denoiser's launches captured into CUDA graphs, so that a gain of
+    ours is not that of graphs; its own callback that ends guidance at the gate; a compiled denoiser; and the official T-GATE code.
     """
 
     kind: str
@@ -74,6 +83,8 @@ def settings_of(
         ours += [Setting(VANILLA, backend), *(Setting(CFG_DROP, backend, gate, "positive") for gate in gate_steps)]
         ours += [Setting(TGATE, backend, gate, mode) for gate in gate_steps for mode in after_gate]
     others = [Setting(EAGER)] if beside else []  # the baseline of the others
-    others += [Setting(COMPILED)] if "compile" in beside else []
-    others += [Setting(OFFICIAL, None, gate) for gate in gate_steps] if "official" in beside else []
+    for name in ("graphs", "channels-last", "compile"):
+        others += [Setting(BESIDE[name])] if name in beside else []
+    for name in ("cutoff", "official"):
+        others += [Setting(BESIDE[name], None, gate) for gate in gate_steps] if name in beside else []
     return tuple(dict.fromkeys([*ours, *others]))

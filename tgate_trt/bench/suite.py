@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from tgate_trt.analysis.record import describe, environment, read, record_of
-from tgate_trt.bench import build_cost, growth, kernels, macs, probe, spacings
-from tgate_trt.bench.measure import Plan, conditions_of, prepare
+from tgate_trt.bench import build_cost, growth, kernels, macs, probe, spacings, steps
+from tgate_trt.bench.measure import Plan, conditions_of, device_of, prepare
+from tgate_trt.building.builder import add_graph
+from tgate_trt.bundle.backends import choose_backend
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import InputError
 from tgate_trt.models.resolve import resolve
@@ -107,6 +109,18 @@ def measure_build(model: str, precision: str, engines: build_cost.Engines, size:
     results = build_cost.measure(model, precision, folder, engines, size=size)
     subject = {"model": name, "precision": precision, "random_weights": True, "variant": engines.name}
     yield record_of("build", command, before, {}, results, subject)
+
+
+def measure_steps(bundle: Path, backends: Sequence[str], images: int, rounds: int, threads: int | None, command: str) -> Iterator[Record]:
+    """Time a step of each graph of a bundle; see `tgate_trt.bench.steps`. Graphs that it lacks are added."""
+    before, opened = environment(), Bundle.open(bundle)
+    chosen = tuple(choose_backend(opened, backend) for backend in (backends or (None,)))
+    for graph in steps.GRAPHS:
+        opened = add_graph(opened, graph)
+    device = device_of(chosen)
+    settings = {"images": images, "rounds": rounds, "threads": threads, "device": str(device)}
+    for results in steps.measure(opened, chosen, images, rounds, device, threads):
+        yield record_of("steps", command, before, settings, results, describe(opened))
 
 
 def measure_kernels(bundle: Path | None, rounds: int, command: str) -> Iterator[Record]:

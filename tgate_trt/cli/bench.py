@@ -38,7 +38,9 @@ def run(
         str | None, typer.Option(help="Counts, fractions and noise levels, with commas: 5,0.4,noise:1.35. [default: the bundle's own]")
     ] = None,
     after_gate: Annotated[str, typer.Option(help="From the gate on, with commas: negative, positive, fading.")] = "negative",
-    beside: Annotated[str | None, typer.Option(help="PyTorch without engines, with commas: eager, compile, official.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="PyTorch without engines, with commas: eager, graphs, channels-last, cutoff, compile, official.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Engines, with commas. [default: the first that runs here]")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw, in turn. May be given several times. [default: built-in prompts]")
@@ -173,6 +175,27 @@ def build(
 
         engines = Engines(backend, weights, compute_capability)
         _show(suite.measure_build(model, precision, engines, size, _command()), json_file, markdown)
+
+
+@app.command()
+def steps(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle that tgate-build made.")],
+    backend: Annotated[str | None, typer.Option(help="Engines, with commas. [default: the first that runs here]")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures in one step.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every step is timed.")] = 50,
+    threads: Threads = None,
+    json_file: Json = None,
+    markdown: Markdown = None,
+    verbose: Verbose = False,
+) -> None:
+    """Time a step of each graph beside the others: what giving out cross-attention costs, and taking it in saves.
+
+    For example: `tgate-bench steps bundles/shapes-64x64-fp32 --backend onnxruntime,pytorch`
+    """
+    with reporting(verbose):
+        from tgate_trt.bench import suite
+
+        _show(suite.measure_steps(bundle, _names(backend), images, rounds, threads, _command()), json_file, markdown)
 
 
 @app.command()

@@ -56,6 +56,13 @@ class EngineLoader:
         self._shared: dict[tuple[Path, ...], SharedWeights] = {}
         self._state: dict[str, Tensor] = {}
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether all engines of this loader have one copy of the weights, so that one more costs next to no memory."""
+        return self.backend == PYTORCH or (
+            self.backend in FLAVOURS and self.bundle.manifest.engines[self.backend].options["weights"] != "baked"
+        )
+
     def load(self, graph: str) -> Engine:
         """Load one engine, with the LoRAs that were put into the bundle.
 
@@ -83,15 +90,13 @@ class EngineLoader:
 
         In PyTorch it is the denoiser itself, on the same weights; of TensorRT the bundle must hold it, with weights that are inputs.
         """
-        engines = self.bundle.manifest.engines[self.backend]
-        if self.backend == PYTORCH:
+        if self.backend == PYTORCH and not has_engine(self.bundle, "vanilla", PYTORCH):
+            engines = self.bundle.manifest.engines[PYTORCH]
             planning = self.bundle.graph("planning")
             outputs = tuple(tensor for tensor in planning.outputs if not tensor.name.startswith(CACHE_PREFIX))
             spec = dataclasses.replace(planning, name="vanilla", outputs=outputs)
             return self._load_module(self.bundle.folder / engines.files["planning"], spec)
-        if self.backend in FLAVOURS and engines.options["weights"] != "baked" and has_engine(self.bundle, "vanilla", self.backend):
-            return self.load("vanilla")
-        return None
+        return self.load("vanilla") if self.shares_weights and has_engine(self.bundle, "vanilla", self.backend) else None
 
     def _load_module(self, weights: Path, spec: GraphSpec) -> Engine:
         """The denoiser in PyTorch; all graphs share its weights."""

@@ -184,6 +184,21 @@ def test_what_compilers_say_needs_no_gpu(run: Run, bundle: Path, tmp_path: Path)
     assert results["fusion"]["ratio"]["median"] > 0
 
 
+def test_steps_are_timed_beside_the_vanilla_one(run: Run, bundle: Path, tmp_path: Path) -> None:
+    done = run(
+        *(app, "steps", bundle, "--backend", "onnxruntime,pytorch", "--rounds", "2"),
+        *("--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md"),
+    )
+    assert done.exit_code == 0, done.output
+    results = files.read(tmp_path / "a.json")["results"]
+    assert list(results) == ["onnxruntime", "pytorch"]
+    for found in results.values():
+        assert {graph: row["rows"] for graph, row in found.items()} == {"vanilla": 2, "planning": 2, "fidelity": 1}
+        assert found["vanilla"]["ratio"]["samples"] == [1, 1]
+        assert found["fidelity"]["bound"] < 0.5 < found["planning"]["bound"] == 1
+    assert "| pytorch | fidelity | 1 |" in (tmp_path / "a.md").read_text(encoding="utf-8")
+
+
 def test_mistakes_are_one_sentence(error_of: ErrorOf, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "there is no such folder" in error_of(app, "run", "nothing")

@@ -35,7 +35,7 @@ def test_graphs_do_a_ways_work() -> None:
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(InputError, match="--beside takes eager, compile, official, got 'magic'"):
+    with pytest.raises(InputError, match="--beside takes eager, graphs, channels-last, cutoff, compile, official, got 'magic'"):
         settings_of(["onnxruntime"], [10], ["negative"], ["magic"])
     with pytest.raises(InputError, match="takes counts, fractions and noise levels here, got none; vanilla is always measured"):
         settings_of(["onnxruntime"], ["none"], ["negative"], [])
