@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from tgate_trt.eager import forward, tapped_modules
 from tgate_trt.engines.base import check, given
+from tgate_trt.engines.fused_modules import adds_and_normalises, fuse_modules, transformer_block
 from tgate_trt.engines.graphs import GraphCache, Staging
 from tgate_trt.engines.projections import arranged, fuse_projections, is_arranged, separate_projections
 from tgate_trt.errors import BundleError, GateError, UnsupportedError
-from tgate_trt.kernels.cached_residual_layer_norm import cached_residual_layer_norm, takes
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec
 from tgate_trt.taps import Recipe, kind_of
 
@@ -39,6 +39,8 @@ class PyTorchOptions:
     """CPU threads; PyTorch's own setting if None."""
     fuse_cache_reuse: bool = True
     """Whether one kernel adds a cache and normalises the sum, where a block allows it."""
+    fuse_modules: bool | None = None
+    """Whether our kernels take the places of several of PyTorch's, where a module allows it; if None, on a GPU."""
 
 
 Function = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], object]
@@ -161,7 +163,10 @@ class PyTorchEngine(ModuleEngine):
         self._denoiser = architecture.eval().requires_grad_(False)
         fuse_projections(self._denoiser)
         options = options or PyTorchOptions()
-        cut = _Cut(self._denoiser, recipe, fuse=options.fuse_cache_reuse)
+        fuses = device.type == "cuda" if options.fuse_modules is None else options.fuse_modules
+        if fuses:
+            fuse_modules(self._denoiser)
+        cut = _Cut(self._denoiser, recipe, fuse_cache_reuse=options.fuse_cache_reuse, fuse_modules=fuses)
         super().__init__(torch.compile(cut, dynamic=False) if options.compile else cut, spec, device, options)
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -190,15 +195,18 @@ class PyTorchEngine(ModuleEngine):
 class _Cut(nn.Module):
     """A denoiser that is called by tensor names. Taps that are taken in replace their modules; others are given out."""
 
-    def __init__(self, denoiser: nn.Module, recipe: Recipe, *, fuse: bool) -> None:
+    def __init__(self, denoiser: nn.Module, recipe: Recipe, *, fuse_cache_reuse: bool, fuse_modules: bool) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self._fuse = fuse
+        self._fuse = fuse_cache_reuse
         self._taken: Mapping[str, Tensor] = {}
         self._outputs: Mapping[str, Tensor] = {}
         self._passed_on = set(recipe.takes_in) & set(recipe.gives_out)
         for tap, module in list(tapped_modules(denoiser)):
             name, kind = CACHE_PREFIX + tap, kind_of(tap)
+            block: Any = denoiser.get_submodule(tap.partition(".")[2])
+            if fuse_modules and adds_and_normalises(block, module):
+                block.forward = partial(transformer_block, block, None)
             if kind in recipe.takes_in:
                 self._take_in(name, tap, module)
             elif kind in recipe.gives_out:
@@ -218,37 +226,11 @@ class _Cut(nn.Module):
         self._taken = self._outputs = {}
 
     def _take_in(self, name: str, tap: str, module: nn.Module) -> None:
-        block = self.denoiser.get_submodule(tap.partition(".")[2])
-        if self._fuse and _adds_and_normalises(block, module):
-            block.forward = partial(self._forward_block, block, name)
+        block: Any = self.denoiser.get_submodule(tap.partition(".")[2])
+        if self._fuse and adds_and_normalises(block, module):
+            block.forward = partial(transformer_block, block, lambda: self._taken[name])
         else:
             module.forward = lambda *_, **__: self._taken[name]
 
-    def _forward_block(self, block: Any, name: str, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """The forward of diffusers' `BasicTransformerBlock` for ``norm_type="layer_norm"``, with its cross-attention cached."""
-        hidden = block.attn1(block.norm1(hidden_states), attention_mask=attention_mask) + hidden_states
-        norm = block.norm3
-        residual, normed = cached_residual_layer_norm(hidden, self._taken[name], norm.weight, norm.bias, norm.eps)
-        output: Tensor = block.ff(normed) + residual
-        return output
-
     def _give_out(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._outputs[name].copy_(output)
-
-
-def _adds_and_normalises(block: nn.Module, attention: nn.Module) -> bool:
-    """Whether a block adds this attention's output to its input and passes the sum to an affine norm, so that one op can do both."""
-    from diffusers.models.attention import BasicTransformerBlock
-
-    return (
-        type(block) is BasicTransformerBlock
-        and attention is block.attn2
-        and block.norm_type == "layer_norm"
-        and not block.only_cross_attention
-        and block.pos_embed is None
-        and block._chunk_size is None
-        and not hasattr(block, "fuser")
-        and isinstance(block.norm3, nn.LayerNorm)
-        and block.norm3.bias is not None
-        and takes(block.norm3.weight.numel(), block.norm3.weight.dtype)
-    )

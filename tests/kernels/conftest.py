@@ -35,6 +35,7 @@ class Interpreted:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         import triton.language as tl
+        import triton.language.extra.libdevice  # noqa: F401 - the interpreter does, and what is new after it is removed again
         from triton.runtime.interpreter import InterpretedFunction
 
         def run(*arguments: Any, **constants: Any) -> None:

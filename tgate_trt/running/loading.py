@@ -114,6 +114,7 @@ class EngineLoader:
 
     def _load_decoder(self) -> Engine:
         """The VAE's decoder in PyTorch, with channels last; in bf16 where fp16 overflows and the model asks for fp32."""
+        from tgate_trt.engines.fused_modules import fuse_modules
         from tgate_trt.engines.pytorch import ModuleEngine
 
         self._refuse_a_missing_gpu()
@@ -126,7 +127,9 @@ class EngineLoader:
         takes, gives = (dataclasses.replace(tensor, dtype=DTYPES[own]) for tensor in (*spec.inputs, *spec.outputs))
         spec = _of_any_batch(dataclasses.replace(spec, inputs=(takes,), outputs=(gives,)))
         model: Any = component.load(self.bundle.pipeline, torch_dtype(own))
-        module = component.wrap(model.to(self.device, memory_format=torch.channels_last))
+        if self.device.type == "cuda":
+            fuse_modules(model.to(memory_format=torch.channels_last))
+        module = component.wrap(model.to(self.device))
 
         def decode(given: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
             written[gives.name].copy_(module(given[takes.name])[0])
