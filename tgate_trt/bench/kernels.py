@@ -21,7 +21,7 @@ from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
 from tgate_trt.errors import UnsupportedError
 from tgate_trt.export.verify import random_inputs
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.kernels import ahead_of_time, cached_residual_layer_norm, hand_off
+from tgate_trt.kernels import ahead_of_time, cached_residual_layer_norm, geglu, group_norm, hand_off
 from tgate_trt.kernels.language import HAS_TRITON
 from tgate_trt.specs import ROWS
 from tgate_trt.taps import recipe
@@ -35,6 +35,15 @@ SHAPES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "pixart-alpha": ((28, 4096, 1152),),
 }
 """Taps of a picture at native size: their number, tokens and width."""
+
+NORMS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "sdxl": ((128, 320), (64, 640), (32, 1280)),
+    "sd15": ((64, 320), (32, 640), (16, 1280)),
+    "VAE at 1024²": ((1024, 128), (512, 256)),
+}
+"""Sides and channels of the pictures that go through a GroupNorm at native size."""
+GATES: Mapping[str, tuple[tuple[int, int], ...]] = {"sdxl": ((4096, 2560), (1024, 5120)), "sd15": ((4096, 1280), (256, 5120))}
+"""Tokens and width of what goes through a GEGLU at native size."""
 
 RESOURCES = ("registers", "shared_bytes", "spilled_bytes", "warps")
 """What `resources` gives of each compiled kernel; see `ahead_of_time.CompiledKernel`."""
@@ -120,6 +129,54 @@ def _cases(models: Sequence[str]) -> Iterator[Case]:
             for tokens, width in dict.fromkeys(shape[1:] for shape in SHAPES[model]):
                 yield _norm(model, batch, tokens, width)
             yield _hand_off(model, batch)
+    for model, shapes in NORMS.items():
+        for side, width in shapes:
+            yield _group_norm(model, side, width)
+    for model, shapes in GATES.items():
+        for tokens, width in shapes:
+            yield _gate(model, tokens, width)
+
+
+def _group_norm(model: str, side: int, width: int) -> Case:
+    """A GroupNorm with SiLU of one picture, channels last: one tensor read and one written, if a cache held it between two readings."""
+    weight, bias = torch.randn(2, width, device="cuda").to(DTYPE)
+    moved = 2 * side * side * width * DTYPE.itemsize
+    shape = (1, width, side, side)
+    sets = [torch.randn(2, *shape, device="cuda").to(DTYPE) for _ in range(_sets(moved))]
+    pairs = [tuple(each.contiguous(memory_format=torch.channels_last) for each in pair) for pair in sets]
+
+    def unfused(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias, EPSILON))
+
+    compiled = torch.compile(unfused, dynamic=False)
+    ways: dict[str, Sequence[Callable[[], object]]] = {
+        "copy": [partial(normed.copy_, x) for x, normed in pairs],
+        "kernel": [partial(group_norm.launch, x, weight, bias, 32, EPSILON, True, None, normed) for x, normed in pairs],
+        "eager": [partial(unfused, x) for x, _ in pairs],
+        "torch.compile": [partial(compiled, x) for x, _ in pairs],
+    }
+    return Case("group_norm", f"{model}, batch 1, {side}²×{width}", moved, ways)
+
+
+def _gate(model: str, tokens: int, width: int) -> Case:
+    """A GEGLU of one picture: two halves read, one written."""
+    moved = 3 * tokens * width * DTYPE.itemsize
+    sets = [torch.randn(tokens, 3 * width, device="cuda").to(DTYPE) for _ in range(_sets(moved))]
+    pairs = [(each[:, : 2 * width].contiguous(), torch.empty(tokens, width, device="cuda", dtype=DTYPE)) for each in sets]
+    copies = [torch.empty(2, moved // 2 // DTYPE.itemsize, device="cuda", dtype=DTYPE).normal_() for _ in sets]
+
+    def unfused(projected: Tensor) -> Tensor:
+        hidden, gate = projected.chunk(2, dim=-1)
+        return hidden * torch.nn.functional.gelu(gate)
+
+    compiled = torch.compile(unfused, dynamic=False)
+    ways: dict[str, Sequence[Callable[[], object]]] = {
+        "copy": [partial(each[0].copy_, each[1]) for each in copies],
+        "kernel": [partial(geglu.launch, *pair) for pair in pairs],
+        "eager": [partial(unfused, pair[0]) for pair in pairs],
+        "torch.compile": [partial(compiled, pair[0]) for pair in pairs],
+    }
+    return Case("geglu", f"{model}, batch 1, {tokens}×{width}", moved, ways)
 
 
 def _norm(model: str, batch: int, tokens: int, width: int) -> Case:
