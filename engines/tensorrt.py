@@ -1,7 +1,7 @@
 """Runs TensorRT plans of every flavour on one CUDA stream, without a synchronisation with the host.
 
-The tests run this file on a stand-in for TensorRT's module, which holds it to TensorRT's documented contract. TensorRT itself needs a
-GPU: `make bench-gpu` runs it there.
+This file is type-checked against TensorRT 10 and TensorRT-RTX, and has never run, because that takes a GPU that the installed TensorRT
+supports: `make bench-gpu` runs it there.
 """
 
 from __future__ import annotations
