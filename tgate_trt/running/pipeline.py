@@ -15,9 +15,9 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.bundle.backends import PYTORCH, choose_backend, has_engine
+from tgate_trt.bundle.backends import choose_backend, has_engine
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.components import TEXT_ENCODERS, VAE_DECODER, components_of
+from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
 from tgate_trt.eager import is_architecture, torch_dtype
 from tgate_trt.errors import GateError, InputError
@@ -255,9 +255,7 @@ def _draw_by_default(pipeline: Any, height: int, width: int) -> None:
 
 
 def component_graphs(loader: EngineLoader) -> list[str]:
-    """Graphs of components that run as engines of the backend: those that the bundle holds; with PyTorch on a GPU the VAE's decoder."""
-    if loader.backend == PYTORCH:
-        return [VAE_DECODER] if loader.device.type == "cuda" and VAE_DECODER in components_of(loader.bundle.pipeline) else []
+    """Graphs of components of which the bundle holds engines of the backend that runs."""
     return [graph for graph in loader.bundle.manifest.model.components if has_engine(loader.bundle, graph, loader.backend)]
 
 
