@@ -113,7 +113,8 @@ class Request:
             options.get("components", True),
             options.get("discard_graphs", False),
         )
-        if request.discard_graphs and (set(UNCOMPILED) & set(engines.backends) or engines.weights != "baked"):
+        needs_them = engines.weights != "baked" or engines.plan_options.stripped
+        if request.discard_graphs and (set(UNCOMPILED) & set(engines.backends) or needs_them):
             raise InputError(
                 "--discard-graphs is for TensorRT engines with --weights baked alone; the others read the bundle's graphs or weights"
             )
