@@ -30,7 +30,14 @@ def geglu_kernel(
     inside = column < WIDTH
     value = tl.load(projected + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    gelu = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+    # gelu(x) = x · Φ(x). Of a gate far below 0, Φ is a small difference 1 + erf, so it comes from erfc: Chebyshev's fit of Numerical
+    # Recipes, 6.2, whose relative error is below 1.2e-7 everywhere.
+    z = tl.abs(gate) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.5 * z)
+    fit = -0.18628806 + t * (0.27886807 + t * (-1.13520398 + t * (1.48851587 + t * (-0.82215223 + t * 0.17087277))))
+    fit = -1.26551223 + t * (1.00002368 + t * (0.37409196 + t * (0.09678418 + t * fit)))
+    tail = 0.5 * t * tl.exp(fit - z * z)
+    gelu = gate * tl.where(gate < 0, tail, 1.0 - tail)
     tl.store(hidden + row * WIDTH + column, (value * gelu).to(hidden.dtype.element_ty), mask=inside)
 
 
