@@ -13,7 +13,7 @@ PICTURES := --prompt "a large red circle at the top right on a white background"
   --prompt "a large blue triangle at the center on a black background" \
   --prompt "a small purple cross at the top left on a black background"
 
-.PHONY: help setup demo test check bench bench-demo bench-sd15 bench-models bench-gpu $(addprefix bench-gpu-,probe tests sanitizer kernels sd15 sdxl) clean
+.PHONY: help setup demo test check bench bench-demo bench-sd15 bench-models bench-gpu clean
 
 help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
@@ -106,6 +106,7 @@ bench-sd15: $(READY)
 # Where Python has the packages already and there is no network: `make bench-gpu READY= BIN=FOLDER_OF_ITS_COMMANDS`.
 # Each part takes less than ten minutes on an H100 and can be run alone. A part that fails is recorded, and the next one runs.
 GPU_PARTS    := probe tests sanitizer kernels sd15 sdxl
+.PHONY: $(addprefix bench-gpu-,$(GPU_PARTS))
 GPU_BACKENDS ?= pytorch
 GPU_ROUNDS   ?= 10
 # Its report of errors that the tests provoke on purpose is off; PyTorch's own blocks of memory would hide every access outside a tensor.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from tgate_trt.engines.base import check, given
 from tgate_trt.engines.fused_modules import adds_and_normalises, fuse_modules, transformer_block
 from tgate_trt.engines.graphs import GraphCache, Staging
 from tgate_trt.engines.projections import arranged, fuse_projections, is_arranged, separate_projections
-from tgate_trt.errors import BundleError, GateError, UnsupportedError
+from tgate_trt.errors import BundleError, GateError
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec
 from tgate_trt.taps import Recipe, kind_of
 
@@ -43,88 +43,13 @@ class PyTorchOptions:
     """Whether our kernels take the places of several of PyTorch's, where a module allows it; if None, on a GPU."""
 
 
-Function = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], object]
-"""Takes inputs and outputs by name, and writes the outputs."""
-
-
-class ModuleEngine:
-    """A function of PyTorch as an engine, captured into CUDA graphs on a GPU."""
+class PyTorchEngine:
+    """A denoiser with the taps of one graph taken in and given out."""
 
     spec: GraphSpec
     """The graph's inputs and outputs."""
     device: torch.device
     """The device that must hold the tensors that `run` receives."""
-
-    def __init__(self, function: Function, spec: GraphSpec, device: torch.device, options: PyTorchOptions | None = None) -> None:
-        """Make an engine of a function.
-
-        Args:
-            function: takes inputs and outputs by name, and writes the outputs. It may synchronise with the host in its first call only.
-            spec: its inputs and outputs.
-            device: ``cpu`` or a CUDA device.
-            options: how to run.
-        """
-        self.spec, self.device, self._options = spec, device, options or PyTorchOptions()
-        self._function: Function | None = function
-        self._graphs, self._staging = GraphCache(spec.name), Staging()
-        self._lock = threading.Lock()
-
-    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Run once; see `tgate_trt.engines.base.Engine.run`.
-
-        On a GPU the second call with the same caches, outputs and batch size captures a CUDA graph, and later calls replay it; the
-        other inputs are copied to buffers that the graph reads. Threads may call it, and take turns.
-
-        Raises:
-            GateError: if the engine was closed, or a tensor is missing or does not fit.
-        """
-        taken = {tensor.name: given(self.spec, inputs, tensor) for tensor in self.spec.inputs}
-        made = {tensor.name: given(self.spec, outputs, tensor) for tensor in self.spec.outputs}
-        for tensor in self.spec.inputs:
-            check(self.spec, tensor, taken[tensor.name], self.device)
-        for tensor in self.spec.outputs:
-            check(self.spec, tensor, made[tensor.name], self.device)
-        with self._lock, torch.inference_mode(), self._here():
-            if self._function is None:
-                raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
-            if self.device.type != "cuda" or not self._options.cuda_graphs:
-                self._function(taken, made)
-                return
-            own = {name: tensor if name.startswith(CACHE_PREFIX) else self._staging.copied(name, tensor) for name, tensor in taken.items()}
-            key = tuple((tensor.data_ptr(), tensor.shape) for tensor in (*own.values(), *made.values()))
-            self._graphs.run(key, partial(self._function, own, made))
-
-    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuse; see `tgate_trt.engines.base.Engine.replace_weights`."""
-        raise UnsupportedError(f"the {self.spec.name} engine of PyTorch cannot be given other weights; load the bundle again")
-
-    def unload(self) -> None:
-        """Free the captured graphs and their buffers; the weights stay, because engines share them."""
-        self._graphs.clear()
-        self._staging.clear()
-
-    def close(self) -> None:
-        """Free the graphs and the weights; the engine cannot run again."""
-        self.unload()
-        self._function = None
-
-    @contextlib.contextmanager
-    def _here(self) -> Iterator[None]:
-        """Run on the engine's GPU, or with its number of threads on the CPU."""
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                yield
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._options.threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
-class PyTorchEngine(ModuleEngine):
-    """A denoiser with the taps of one graph taken in and given out."""
 
     def __init__(
         self,
@@ -151,7 +76,8 @@ class PyTorchEngine(ModuleEngine):
         Raises:
             BundleError: if the weights do not fit the architecture.
         """
-        self._weights, self.device = weights, device
+        self.spec, self.device, self._options = spec, device, options or PyTorchOptions()
+        self._weights = weights
         own = self._own(changed or {})
         self._replaced = set(own)
         try:
@@ -162,12 +88,39 @@ class PyTorchEngine(ModuleEngine):
             ) from error
         self._denoiser = architecture.eval().requires_grad_(False)
         fuse_projections(self._denoiser)
-        options = options or PyTorchOptions()
-        fuses = device.type == "cuda" if options.fuse_modules is None else options.fuse_modules
+        fuses = device.type == "cuda" if self._options.fuse_modules is None else self._options.fuse_modules
         if fuses:
             fuse_modules(self._denoiser)
-        cut = _Cut(self._denoiser, recipe, fuse_cache_reuse=options.fuse_cache_reuse, fuse_modules=fuses)
-        super().__init__(torch.compile(cut, dynamic=False) if options.compile else cut, spec, device, options)
+        cut = _Cut(self._denoiser, recipe, fuse_cache_reuse=self._options.fuse_cache_reuse, fuse_modules=fuses)
+        self._call = torch.compile(cut, dynamic=False) if self._options.compile else cut
+        self._graphs, self._staging = GraphCache(spec.name), Staging()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Run once; see `tgate_trt.engines.base.Engine.run`.
+
+        On a GPU the second call with the same caches, outputs and batch size captures a CUDA graph, and later calls replay it; the
+        other inputs are copied to buffers that the graph reads. Threads may call it, and take turns.
+
+        Raises:
+            GateError: if the engine was closed, or a tensor is missing or does not fit.
+        """
+        if self._closed:
+            raise GateError(f"the {self.spec.name} engine has been closed; load the bundle again")
+        taken = {tensor.name: given(self.spec, inputs, tensor) for tensor in self.spec.inputs}
+        made = {tensor.name: given(self.spec, outputs, tensor) for tensor in self.spec.outputs}
+        for tensor in self.spec.inputs:
+            check(self.spec, tensor, taken[tensor.name], self.device)
+        for tensor in self.spec.outputs:
+            check(self.spec, tensor, made[tensor.name], self.device)
+        with self._lock, torch.inference_mode(), self._here():
+            if self.device.type != "cuda" or not self._options.cuda_graphs:
+                self._call(taken, made)
+                return
+            own = {name: tensor if name.startswith(CACHE_PREFIX) else self._staging.copied(name, tensor) for name, tensor in taken.items()}
+            key = tuple((tensor.data_ptr(), tensor.shape) for tensor in (*own.values(), *made.values()))
+            self._graphs.run(key, partial(self._call, own, made))
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace some weights; see `tgate_trt.engines.base.Engine.replace_weights`."""
@@ -179,12 +132,32 @@ class PyTorchEngine(ModuleEngine):
             fuse_projections(self._denoiser.requires_grad_(False))
             self._replaced = set(own)
 
+    def unload(self) -> None:
+        """Free the captured graphs and their buffers; the weights stay, because engines share them."""
+        self._graphs.clear()
+        self._staging.clear()
+
     def close(self) -> None:
         """Free the graphs and the weights; the engine cannot run again."""
-        super().close()
+        self._closed = True
+        self.unload()
         separate_projections(self._denoiser)
         self._denoiser.to("meta")
         self._weights = {}
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        """Run on the engine's GPU, or with its number of threads on the CPU."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._options.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights among these that the denoiser has, on its device, in its dtypes, and arranged as its others."""
@@ -198,18 +171,17 @@ class _Cut(nn.Module):
     def __init__(self, denoiser: nn.Module, recipe: Recipe, *, fuse_cache_reuse: bool, fuse_modules: bool) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self._fuse = fuse_cache_reuse
         self._taken: Mapping[str, Tensor] = {}
         self._outputs: Mapping[str, Tensor] = {}
-        self._passed_on = set(recipe.takes_in) & set(recipe.gives_out)
         for tap, module in list(tapped_modules(denoiser)):
             name, kind = CACHE_PREFIX + tap, kind_of(tap)
+            takes = kind in recipe.takes_in
             block: Any = denoiser.get_submodule(tap.partition(".")[2])
-            if fuse_modules and adds_and_normalises(block, module):
-                block.forward = partial(transformer_block, block, None)
-            if kind in recipe.takes_in:
-                self._take_in(name, tap, module)
-            elif kind in recipe.gives_out:
+            if (fuse_cache_reuse if takes else fuse_modules) and adds_and_normalises(block, module):
+                block.forward = partial(transformer_block, block, partial(self._cached, name) if takes else None)
+            elif takes:
+                module.forward = partial(self._cached, name)
+            if kind in recipe.gives_out and not takes:
                 module.register_forward_hook(partial(self._give_out, name))
 
     def forward(self, tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -221,16 +193,12 @@ class _Cut(nn.Module):
         prediction = forward(self.denoiser, {"encoder_hidden_states": None, **inputs})
         outputs["noise_pred"].copy_(prediction)
         for name, tensor in self._taken.items():
-            if name in outputs and kind_of(name.removeprefix(CACHE_PREFIX)) in self._passed_on:
+            if name in outputs:
                 outputs[name].copy_(tensor)
         self._taken = self._outputs = {}
 
-    def _take_in(self, name: str, tap: str, module: nn.Module) -> None:
-        block: Any = self.denoiser.get_submodule(tap.partition(".")[2])
-        if self._fuse and adds_and_normalises(block, module):
-            block.forward = partial(transformer_block, block, lambda: self._taken[name])
-        else:
-            module.forward = lambda *_, **__: self._taken[name]
+    def _cached(self, name: str, *_: Any, **__: Any) -> Tensor:
+        return self._taken[name]
 
     def _give_out(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._outputs[name].copy_(output)

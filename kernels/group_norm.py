@@ -192,11 +192,6 @@ def launch(
     )
 
 
-def takes(dtype: torch.dtype) -> bool:
-    """Whether the kernels support a dtype."""
-    return dtype in DTYPES
-
-
 @torch.library.custom_op("tgate::group_norm", mutates_args=())
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, silu: bool, shift: Tensor | None = None) -> Tensor:
     """GroupNorm with an addition before it and a SiLU after it, with Triton on a GPU, else with PyTorch.
@@ -217,7 +212,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: fl
         GateError: if shapes do not match.
     """
     _check(x, weight, bias, groups, shift)
-    if x.device.type != "cuda" or not HAS_TRITON or not takes(x.dtype):
+    if x.device.type != "cuda" or not HAS_TRITON or x.dtype not in DTYPES:
         return reference(x, weight, bias, groups, epsilon, silu, shift)
     x = x.contiguous(memory_format=torch.channels_last)
     normed = torch.empty_like(x, memory_format=torch.channels_last)

@@ -23,6 +23,8 @@ _OF_OTHERS = ("PYTEST_", "COV_", "_TORCHINDUCTOR_", "KMP_")
 """Variables that pytest changes, one in which `torch.compile` keeps an address that stays the same, and those that OpenMP sets once."""
 _LOADED_ANEW = ("__triton_launcher",)
 """Names under which Triton loads one compiled module after the other."""
+_COMPILED = ("__compiled_fn_", "__resume_at_", "__builtins_dict_", "__import_")
+"""How names begin that `torch.compile` adds to a module for its own use, and removes again when it is reset."""
 _ABSENT: Any = "absent"
 
 
@@ -106,7 +108,8 @@ def owners(packages: tuple[str, ...]) -> list[Any]:
 def _changed(owner: Any, before: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Attributes that are not what they were: name, before, now. Those that are new are left out: lazy imports add some."""
     now = vars(owner)
-    return [(name, old, now.get(name, _ABSENT)) for name, old in before.items() if now.get(name, _ABSENT) is not old]
+    kept = {name: old for name, old in before.items() if not name.startswith(_COMPILED)}
+    return [(name, old, now.get(name, _ABSENT)) for name, old in kept.items() if now.get(name, _ABSENT) is not old]
 
 
 def _name(owner: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tgate_trt.bench.spread import in_rounds, ratios, spread
-from tgate_trt.bench.stopwatch import Stopwatch
+from tgate_trt.bench.stopwatch import seconds_of
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
 from tgate_trt.errors import UnsupportedError
@@ -52,8 +52,6 @@ _LEAST_BYTES = 400 << 20
 """Least bytes of all sets of inputs together: several times the 50 MB of the largest cache."""
 _LAUNCHES = 50
 """Least launches in one CUDA graph."""
-_QUEUED = 20
-"""Steps between two readings of a GPU's clock, so that it does not wait for the host."""
 _WARM_UP = 3
 
 
@@ -287,16 +285,7 @@ def fusion(bundle: Bundle, rounds: int, device: torch.device) -> dict[str, Any]:
         for name in ("fused", "unfused")
     }
 
-    calls = _QUEUED if device.type == "cuda" else 1
-
-    def step(engine: PyTorchEngine) -> float:
-        watch = Stopwatch(device)
-        with watch.time("steps"):
-            for _ in range(calls):
-                engine.run(inputs, outputs)
-        return watch.seconds()["steps"] / calls
-
-    ways = {name: partial(step, engine) for name, engine in engines.items()}
+    ways = {name: partial(seconds_of, partial(engine.run, inputs, outputs), device) for name, engine in engines.items()}
     in_rounds(ways, _WARM_UP)
     samples = in_rounds(ways, rounds)
     return {name: spread(row) for name, row in samples.items()} | {"ratio": ratios(samples["fused"], samples["unfused"])}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tgate_trt.bench.spread import in_rounds, ratios, spread
-from tgate_trt.bench.stopwatch import Stopwatch
+from tgate_trt.bench.stopwatch import seconds_of
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import graph_file
 from tgate_trt.engines.base import Engine
@@ -22,8 +22,6 @@ GRAPHS = ("vanilla", "planning", "fidelity")
 
 _WARM_UP = 3
 """A plain run, a capture, a replay."""
-_QUEUED = 10
-"""Steps between two readings of a GPU's clock, so that it does not wait for the host."""
 
 
 def measure(bundle: Bundle, backends: Sequence[str], images: int, rounds: int, device: torch.device, threads: int | None) -> Iterator[Any]:
@@ -59,15 +57,7 @@ def _step(engine: Engine, rows: int) -> Any:
     generator = torch.Generator().manual_seed(0)
     tensors = (random_inputs(specs, rows, generator) for specs in (engine.spec.inputs, engine.spec.outputs))
     inputs, outputs = ({name: tensor.to(engine.device) for name, tensor in found.items()} for found in tensors)
-    return partial(_seconds, partial(engine.run, inputs, outputs), engine.device)
-
-
-def _seconds(run: Any, device: torch.device) -> float:
-    watch, calls = Stopwatch(device), _QUEUED if device.type == "cuda" else 1
-    with watch.time("steps"):
-        for _ in range(calls):
-            run()
-    return watch.seconds()["steps"] / calls
+    return partial(seconds_of, partial(engine.run, inputs, outputs), engine.device)
 
 
 def _rows(graph: str, images: int) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from tgate_trt.bundle.backends import ONNXRUNTIME, PYTORCH, has_engine
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.components import VAE_DECODER, component_of, components_of, weight_files
+from tgate_trt.bundle.components import component_of, weight_files
 from tgate_trt.bundle.folder import beside
 from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.bundle.manifest import graph_file
@@ -23,11 +22,10 @@ from tgate_trt.engines.base import Engine
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
 from tgate_trt.errors import StaleBundleError, UnsupportedError
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.specs import CACHE_PREFIX, DTYPES, MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
+from tgate_trt.specs import CACHE_PREFIX, MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
 from tgate_trt.taps import recipe
 
 if TYPE_CHECKING:
-    from tgate_trt.engines.pytorch import PyTorchOptions
     from tgate_trt.engines.shared_weights import SharedWeights
     from tgate_trt.engines.tensorrt import Arena, RuntimeOptions
 
@@ -71,8 +69,6 @@ class EngineLoader:
             InputError: if there is no such specialisation.
             UnsupportedError: if this machine lacks the backend.
         """
-        if self.backend == PYTORCH and graph == VAE_DECODER:
-            return self._load_decoder()
         spec = self.bundle.graph(graph)
         path = self.bundle.folder / self.bundle.manifest.engines[self.backend].files[graph]
         if self.backend == PYTORCH:
@@ -101,49 +97,19 @@ class EngineLoader:
     def _load_module(self, weights: Path, spec: GraphSpec) -> Engine:
         """The denoiser in PyTorch; all graphs share its weights."""
         from tgate_trt.engines.projections import arranged
-        from tgate_trt.engines.pytorch import PyTorchEngine
+        from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
 
-        if not self._state:
-            self._refuse_a_missing_gpu()
-            state = load_file(weights, device=str(self.device))
-            self._state = arranged(state) if self.device.type == "cuda" else state
-        architecture = self.bundle.denoiser_on_meta(torch_dtype(self.bundle.manifest.built_for.precision))
-        changed = self.changed_weights(self.bundle.manifest.model.attribute)
-        spec, options = _of_any_batch(spec), self._options()
-        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed)
-
-    def _load_decoder(self) -> Engine:
-        """The VAE's decoder in PyTorch, with channels last; in bf16 where fp16 overflows and the model asks for fp32."""
-        from tgate_trt.engines.fused_modules import fuse_modules
-        from tgate_trt.engines.pytorch import ModuleEngine
-
-        self._refuse_a_missing_gpu()
-        manifest = self.bundle.manifest
-        component, precision = components_of(self.bundle.pipeline)[VAE_DECODER], manifest.built_for.precision
-        own = component.precision(precision)
-        if own == "fp32" != precision and torch.cuda.is_bf16_supported():
-            own = "bf16"
-        spec = component.spec(manifest.built_for, manifest.model.text_tokens)
-        takes, gives = (dataclasses.replace(tensor, dtype=DTYPES[own]) for tensor in (*spec.inputs, *spec.outputs))
-        spec = _of_any_batch(dataclasses.replace(spec, inputs=(takes,), outputs=(gives,)))
-        model: Any = component.load(self.bundle.pipeline, torch_dtype(own))
-        if self.device.type == "cuda":
-            fuse_modules(model.to(memory_format=torch.channels_last))
-        module = component.wrap(model.to(self.device))
-
-        def decode(given: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
-            written[gives.name].copy_(module(given[takes.name])[0])
-
-        return ModuleEngine(decode, spec, self.device, self._options())
-
-    def _options(self) -> PyTorchOptions:
-        from tgate_trt.engines.pytorch import PyTorchOptions
-
-        return PyTorchOptions(self.cuda_graphs, self.compile, self.threads, self.bundle.manifest.built_for.fuse_cache_reuse)
-
-    def _refuse_a_missing_gpu(self) -> None:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("PyTorch cannot use CUDA here; use device='cpu'")
+        if not self._state:
+            state = load_file(weights, device=str(self.device))
+            self._state = arranged(state) if self.device.type == "cuda" else state
+        built_for = self.bundle.manifest.built_for
+        architecture = self.bundle.denoiser_on_meta(torch_dtype(built_for.precision))
+        changed = self.changed_weights(self.bundle.manifest.model.attribute)
+        options = PyTorchOptions(self.cuda_graphs, self.compile, self.threads, built_for.fuse_cache_reuse)
+        spec = _of_any_batch(spec)
+        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed)
 
     def _load_plan(self, path: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
         from tgate_trt.engines.shared_weights import SharedWeights
