@@ -52,17 +52,28 @@ class Report:
         """The check with the largest error."""
         return max(self.checks, key=lambda check: _badness(check.error))
 
-    def raise_if_wrong(self) -> None:
+    def raise_if_wrong(self, subject: str | None = None) -> None:
         """Check the errors against the tolerance.
+
+        Args:
+            subject: of the error's sentence; the graph if None.
 
         Raises:
             VerificationError: if one is above it, or not a number.
         """
         if not self.worst.error <= self.tolerance:
             raise VerificationError(
-                f"the {self.graph} graph differs from eager PyTorch: relative error {self.worst.error:.2e} in {self.worst.output!r} "
-                f"at {self.worst.rows} rows, tolerance {self.tolerance:.0e}; nothing was written"
+                f"{subject or f'the {self.graph} graph'} differs from eager PyTorch: relative error {self.worst.error:.2e} in "
+                f"{self.worst.output!r} at {self.worst.rows} rows, tolerance {self.tolerance:.0e}; nothing was written"
             )
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random inputs, and what the eager model makes of them."""
+
+    inputs: Mapping[str, Tensor]
+    expected: Mapping[str, Tensor]
 
 
 def verify(
@@ -92,16 +103,33 @@ def verify(
         vocabulary: upper bound of random token ids, exclusive.
         seed: seed of the random inputs; a new one if None.
     """
+    cases = cases_of(load_denoiser, run_eager, (*signature, *spec.inputs), rows=rows, vocabulary=vocabulary, seed=seed)
+    return compare(load_graph(), spec, cases, precision)
+
+
+def cases_of(
+    load_denoiser: Callable[[], nn.Module],
+    run_eager: RunEager,
+    inputs: Sequence[TensorSpec],
+    *,
+    rows: Sequence[int],
+    vocabulary: int = 1,
+    seed: int | None = None,
+) -> list[Case]:
+    """Random inputs of each number of rows with the eager model's outputs; the model is freed again. See `verify`."""
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
-    every_input = {tensor.name: tensor for tensor in (*signature, *spec.inputs)}.values()
-    cases = [random_inputs(tuple(every_input), size, generator, vocabulary) for size in rows]
+    every_input = tuple({tensor.name: tensor for tensor in inputs}.values())
+    drawn = [random_inputs(every_input, size, generator, vocabulary) for size in rows]
     denoiser = load_denoiser()
-    expected = [run_eager(denoiser, {name: _widened(tensor) for name, tensor in case.items()}) for case in cases]
+    cases = [Case(case, run_eager(denoiser, {name: _widened(tensor) for name, tensor in case.items()})) for case in drawn]
     del denoiser
     gc.collect()
-    run = load_graph()
-    checks = tuple(_check(run, spec, case, outputs) for case, outputs in zip(cases, expected, strict=True))
-    return Report(spec.name, TOLERANCES[precision], checks)
+    return cases
+
+
+def compare(run: Run, spec: GraphSpec, cases: Sequence[Case], precision: str) -> Report:
+    """Run a graph, or an engine of it, and compare each output with the eager model's."""
+    return Report(spec.name, TOLERANCES[precision], tuple(_check(run, spec, case.inputs, case.expected) for case in cases))
 
 
 def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Generator, vocabulary: int = 1) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, Unpack
 
 import onnx_ir as ir
 
+from tgate_trt.building.engine_verification import verify_engines
 from tgate_trt.building.engines import EngineRequest, build_engines, request_of, stale_engine_reasons
 from tgate_trt.building.graphs import write_component_graph, write_graph, write_trace
 from tgate_trt.building.request import BuildOptions, Request
@@ -176,11 +177,17 @@ def _complete(folder: Path, target: Path, source: ModelSource | None, request: R
         if request.verify and source is not None:
             verification |= _verify_all(folder, source, request, {name: spec for name, spec in specs.items() if name not in verification})
         engines = _engines(folder, target, request, specs, engines)
-    if request.discard_graphs:
-        _discard_graphs(folder, specs)
     known = {name: entry for name, entry in manifest.files.items() if _is_unchanged(folder / name, target / name)}
     files = _timed("hashes", lambda: describe_files(folder, known))
-    write_manifest(folder, dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files))
+    manifest = dataclasses.replace(manifest, graphs=specs, engines=engines, verification=verification, files=files)
+    if request.verify:
+        write_manifest(folder, manifest)
+        engines = _timed("verification of engines", lambda: verify_engines(Bundle(folder, manifest)))
+        manifest = dataclasses.replace(manifest, engines=engines)
+    if request.discard_graphs:
+        discarded = _discard_graphs(folder, specs)
+        manifest = dataclasses.replace(manifest, files={name: file for name, file in files.items() if name not in discarded})
+    write_manifest(folder, manifest)
 
 
 def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
@@ -205,10 +212,12 @@ def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dic
     return written
 
 
-def _discard_graphs(folder: Path, graphs: Iterable[str]) -> None:
-    """Remove the files that baked engines do not need."""
-    for name in (TRACE, weights.WEIGHTS_FILE, *map(graph_file, graphs)):
+def _discard_graphs(folder: Path, graphs: Iterable[str]) -> set[str]:
+    """Remove the files that baked engines do not need, and return their names."""
+    discarded = {TRACE, weights.WEIGHTS_FILE, *map(graph_file, graphs)}
+    for name in discarded:
         (folder / name).unlink(missing_ok=True)
+    return discarded
 
 
 def _is_unchanged(file: Path, before: Path) -> bool:
@@ -232,7 +241,7 @@ def _engines(
         wanted = request.engines if before is None or is_wanted else request_of(backend, before)
         built = build_engines(folder, target, backend, missing, wanted)
         if before is not None:
-            built = dataclasses.replace(built, files={**before.files, **built.files}, keys={**before.keys, **built.keys})
+            built = dataclasses.replace(before, files={**before.files, **built.files}, keys={**before.keys, **built.keys})
         engines[backend] = built
     return engines
 

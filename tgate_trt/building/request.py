@@ -37,8 +37,9 @@ class BuildOptions(TypedDict, total=False):
     """Of the picture in pixels; the model's own if None."""
     batch_size: str
     """Images of a run, ``"MIN:OPT:MAX"``; ``"1:1:1"`` by default."""
-    graphs: Sequence[str]
-    """Names of graphs, of `tgate_trt.taps.GRAPHS`; planning and fidelity by default."""
+    graphs: Sequence[str] | None
+    """Names of graphs, of `tgate_trt.taps.GRAPHS`; if None, planning and fidelity, and where TensorRT engines share their weights
+    vanilla too, which then costs no memory and spares the steps before the last planning one the taps."""
     compute_capability: Sequence[str]
     """GPUs to build TensorRT-RTX plans for, such as ``["SM89"]``; the one of this machine if empty, and where there is none, every one
     from Ampere on."""
@@ -92,9 +93,6 @@ class Request:
         fusion = options.get("fuse_cache_reuse")
         if fusion is not None and fusion not in FUSIONS:
             raise InputError(f"--fuse-cache-reuse is one of {', '.join(FUSIONS)}, got {fusion!r}")
-        graphs = tuple(dict.fromkeys(options.get("graphs", ("planning", "fidelity"))))
-        for graph in graphs:
-            recipe(graph)
         plans = options.get("plan_options") or PlanOptions()
         engines = EngineRequest(
             _backends(options.get("backend")),
@@ -102,6 +100,9 @@ class Request:
             dataclasses.replace(plans, capabilities=tuple(options.get("compute_capability") or ())),
             plugins=None if fusion is None else fusion == "plugin",
         )
+        graphs = tuple(dict.fromkeys(options.get("graphs") or _graphs(engines)))
+        for graph in graphs:
+            recipe(graph)
         height, width = options.get("height") or source.height, options.get("width") or source.width
         precision = _precision(options.get("precision"), engines.backends)
         source.signature(height, width, precision)
@@ -119,6 +120,12 @@ class Request:
                 "--discard-graphs is for TensorRT engines with --weights baked alone; the others read the bundle's graphs or weights"
             )
         return request
+
+
+def _graphs(engines: EngineRequest) -> tuple[str, ...]:
+    """The graphs of a build that names none."""
+    shares = engines.weights == "shared" and not set(engines.backends) <= set(UNCOMPILED)
+    return ("planning", "fidelity", *(("vanilla",) if shares else ()))
 
 
 def _backends(backend: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -59,6 +59,8 @@ def missing_parts(manifest: Manifest, request: Request) -> list[str]:
             parts += stale_engine_reasons(backend, held, request.engines)
     if request.verify and set(manifest.graphs) - set(manifest.verification):
         parts.append("it was not verified")
+    elif request.verify and any(engines.files.keys() - engines.verification.keys() for engines in manifest.engines.values()):
+        parts.append("its engines were not verified")
     if request.discard_graphs and TRACE in manifest.files:
         parts.append("its graphs are to be discarded")
     return parts

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tgate_trt import children
 from tgate_trt.bundle.components import components_of
-from tgate_trt.bundle.manifest import PIPELINE, BuiltFor, graph_file
+from tgate_trt.bundle.manifest import PIPELINE, BuiltFor, Check, Report, graph_file
 from tgate_trt.eager import run_recipe
 from tgate_trt.export.components import run_component
+from tgate_trt.export.verify import Report as Comparisons
 from tgate_trt.export.verify import RunEager
 from tgate_trt.export.verify import verify as compare
 from tgate_trt.models.resolve import resolve_again
@@ -38,11 +38,8 @@ class Task:
     built_for: BuiltFor
 
 
-def verify_in_child(task: Task) -> dict[str, Any]:
+def verify_in_child(task: Task) -> Report:
     """Verify in a child process.
-
-    Returns:
-        The report as JSON data: ``tolerance``, ``compared_with`` and ``checks``.
 
     Raises:
         VerificationError: if the graph differs from the eager model.
@@ -51,7 +48,7 @@ def verify_in_child(task: Task) -> dict[str, Any]:
     return children.run(verify, task, f"verifying the {task.spec.name} graph", "if memory ran out, build with --no-verify")
 
 
-def verify(task: Task) -> dict[str, Any]:
+def verify(task: Task) -> Report:
     """Verify in this process; see `verify_in_child`."""
     from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine  # the parent process needs no ONNX Runtime
 
@@ -69,15 +66,17 @@ def verify(task: Task) -> dict[str, Any]:
         vocabulary=reference.vocabulary,
     )
     report.raise_if_wrong()
-    return {
-        "compared_with": "eager PyTorch, fp32",
-        "tolerance": report.tolerance,
-        "checks": [dataclasses.asdict(check) for check in report.checks],
-    }
+    return kept(report)
+
+
+def kept(report: Comparisons) -> Report:
+    """What the manifest keeps of comparisons with the eager model."""
+    checks = [Check(rows=check.rows, error=check.error, output=check.output) for check in report.checks]
+    return Report(compared_with="eager PyTorch, fp32", tolerance=report.tolerance, checks=checks)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reference:
+class Reference:
     """The eager model that a graph is compared with."""
 
     load: Callable[[], nn.Module]
@@ -90,10 +89,10 @@ class _Reference:
     """Token ids are below it."""
 
 
-def _denoiser(task: Task) -> _Reference:
+def _denoiser(task: Task) -> Reference:
     """The denoiser, from the model's own files."""
     source, built_for = resolve_again(task.model), task.built_for
-    return _Reference(
+    return Reference(
         lambda: source.load_denoiser(torch.float32),
         lambda denoiser, inputs: run_recipe(denoiser, recipe(task.spec.name), inputs),
         source.signature(built_for.height, built_for.width, built_for.precision),
@@ -102,14 +101,31 @@ def _denoiser(task: Task) -> _Reference:
     )
 
 
-def _component(task: Task) -> _Reference:
-    """A text encoder or VAE, from the bundle's own files, which hold its weights in the bundle's precision."""
-    pipeline, built_for = task.folder / PIPELINE, task.built_for
-    component = components_of(pipeline)[task.spec.name]
-    return _Reference(
-        lambda: component.load(pipeline, torch.float32),
+def _component(task: Task) -> Reference:
+    """A text encoder or VAE, from the bundle's own files."""
+    return component_reference(task.folder / PIPELINE, task.spec, task.built_for)
+
+
+def component_reference(pipeline: Path, spec: GraphSpec, built_for: BuiltFor, changed: Mapping[str, Tensor] | None = None) -> Reference:
+    """A text encoder or VAE from a bundle's files, which hold its weights in the bundle's precision.
+
+    Args:
+        pipeline: the bundle's folder of the rest of the pipeline.
+        spec: of the component's graph.
+        built_for: of the bundle.
+        changed: weights to put in the places of the files', by name.
+    """
+    component = components_of(pipeline)[spec.name]
+
+    def load() -> nn.Module:
+        model = component.load(pipeline, torch.float32)
+        model.load_state_dict({name: tensor.float() for name, tensor in (changed or {}).items()}, strict=False)
+        return model
+
+    return Reference(
+        load,
         lambda model, inputs: run_component(component.wrap(model), inputs),
-        task.spec.inputs,
+        spec.inputs,
         (1,) if built_for.height * built_for.width >= _LARGE_PICTURE else (1, 2),
         component.precision(built_for.precision),
         component.config.get("vocab_size", 1),

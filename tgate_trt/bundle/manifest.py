@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
@@ -136,10 +136,12 @@ class Check(TypedDict):
     rows: int
     error: float
     """Relative L2 norm of the worst output."""
+    output: NotRequired[str]
+    """The worst output."""
 
 
 class Report(TypedDict):
-    """The comparisons of one graph."""
+    """The comparisons of one graph, or of an engine of it."""
 
     compared_with: str
     tolerance: float
@@ -158,6 +160,8 @@ class EngineSet:
     """Versions of the packages that made them, beside those that made the graphs."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """By graph, a hash of everything that an engine depends on: engines of one key are interchangeable."""
+    verification: Mapping[str, Report | str] = field(default_factory=dict)
+    """By graph, what its engine was compared with, on the device that it is for; or the reason why it was not: ``"needs …"``."""
 
     def __post_init__(self) -> None:
         """Check that the options are whole.

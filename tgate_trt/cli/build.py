@@ -41,8 +41,13 @@ def build(
     width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
     graphs: Annotated[
-        str, typer.Option(parser=_names, metavar="NAMES", help="Graphs to cut, with commas: vanilla, planning, fidelity.")
-    ] = "planning,fidelity",
+        str | None,
+        typer.Option(
+            parser=_names,
+            metavar="NAMES",
+            help="Graphs to cut, with commas: vanilla, planning, fidelity. [default: planning,fidelity; vanilla too with --weights shared]",
+        ),
+    ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,11 +95,11 @@ def build(
         str | None, typer.Option(help="epsilon, v_prediction or sample, in the place of what the model states. [default: the model's own]")
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
-    verify: Annotated[bool, typer.Option(help="Compare each graph with eager PyTorch.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare each graph, and each engine that runs here, with eager PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
 ) -> None:
-    """Trace a diffusion model once, cut it at the gate, and verify every graph against eager PyTorch.
+    """Trace a diffusion model once, cut it at the gate, and verify every graph and engine against eager PyTorch.
 
     For example: `tgate-build --model shapes`
     """

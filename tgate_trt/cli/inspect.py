@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from tgate_trt.specs import MAXIMUM_ROWS
 
 if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
-    from tgate_trt.bundle.manifest import EngineSet, Manifest
+    from tgate_trt.bundle.manifest import EngineSet, Manifest, Report
 
 app = application()
 
@@ -23,6 +24,9 @@ app = application()
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that tgate-build made.")],
     full: Annotated[bool, typer.Option("--full", help="Hash every file, whatever was found before.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare each engine that runs here with eager PyTorch, and keep the result.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
 ) -> None:
     """Show what a bundle holds, what it was built for, and whether it is still valid here.
@@ -34,8 +38,14 @@ def inspect(
         from tgate_trt.bundle.bundle import Bundle
 
         opened = Bundle.open(bundle, full=full)
+        if verify:
+            from tgate_trt.building.engine_verification import verify_again
+
+            opened = verify_again(opened)
         console.print(_summary(opened))
         console.print(_graphs(opened))
+        for sentence in _engines_verified(opened.manifest):
+            console.print(sentence)
         state = state_of(opened)
         for remark in state.remarks:
             console.print(remark)
@@ -101,13 +111,28 @@ def _engines(engines: EngineSet) -> str:
     return ", ".join(engines.files) + (f" ({'; '.join(facts)})" if facts else "")
 
 
+def _engines_verified(manifest: Manifest) -> Iterator[str]:
+    """A sentence about each backend's engines: the largest error of those that were verified, and why others were not."""
+    for backend, engines in manifest.engines.items():
+        reports = {graph: found for graph, found in engines.verification.items() if not isinstance(found, str)}
+        if reports:
+            yield f"{backend} engines against eager: {', '.join(f'{graph} {_largest(report)}' for graph, report in reports.items())}"
+        missing: dict[str, list[str]] = {}
+        for graph in engines.files.keys() - reports.keys():
+            missing.setdefault(str(engines.verification.get(graph, "run tgate-inspect --verify")), []).append(graph)
+        for reason, graphs in missing.items():
+            yield f"{backend} engines not verified ({', '.join(sorted(graphs))}): {reason}"
+
+
+def _largest(report: Report) -> str:
+    return f"{max(check['error'] for check in report['checks']):.1e} (tolerance {report['tolerance']:.0e})"
+
+
 def _graphs(bundle: Bundle) -> Table:
     table = Table("graph", "inputs", "caches in", "caches out", "rows", "largest error against eager", box=None)
     for name, spec in bundle.manifest.graphs.items():
         report = bundle.manifest.verification.get(name)
-        error = "not verified"
-        if report:
-            error = f"{max(check['error'] for check in report['checks']):.1e} (tolerance {report['tolerance']:.0e})"
+        error = _largest(report) if report else "not verified"
         plain = len(spec.inputs) - len(spec.cache_inputs)
         rows = " ".join(str(bounds) for bounds in spec.dimensions.values())
         table.add_row(name, str(plain), str(len(spec.cache_inputs)), str(len(spec.cache_outputs)), rows, error)

@@ -1,0 +1,175 @@
+"""Verify engines: what each computes on its own device, beside eager PyTorch in fp32 with the bundle's weights.
+
+A graph was verified against the model before its engines were made. An engine may still differ: its compiler chooses kernels,
+fuses operators and rounds. So each is run where it will run; where that is not this machine, the manifest keeps what it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tgate_trt import children
+from tgate_trt.building.verification import Reference, component_reference, kept
+from tgate_trt.bundle.backends import ONNXRUNTIME, why_not
+from tgate_trt.bundle.bundle import Bundle, write_manifest
+from tgate_trt.bundle.components import component_of
+from tgate_trt.bundle.folder import locked
+from tgate_trt.bundle.loras import BundleLoras
+from tgate_trt.bundle.manifest import EngineSet, Report
+from tgate_trt.eager import run_recipe
+from tgate_trt.engines.base import Engine
+from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.export.verify import cases_of, compare
+from tgate_trt.files import read_json
+from tgate_trt.models.signature import signature
+from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
+from tgate_trt.specs import ROWS, TensorSpec
+from tgate_trt.taps import GRAPHS, recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Engines of one graph."""
+
+    folder: Path
+    """The bundle."""
+    graph: str
+    backends: tuple[str, ...]
+
+
+def verify_engines(bundle: Bundle, *, again: bool = False) -> dict[str, EngineSet]:
+    """Verify each engine of a bundle that has no report yet, one graph after the other in a process of its own.
+
+    Args:
+        bundle: opened, with its weights.
+        again: whether to verify those too that have a report, or could not run when the bundle was built.
+
+    Returns:
+        The bundle's engine sets with what was found.
+
+    Raises:
+        VerificationError: if an engine differs from the eager model.
+        StaleBundleError: if the bundle's weights were discarded.
+        BuildError: if a child did not come to an end.
+    """
+    found = {backend: {} if again else dict(engines.verification) for backend, engines in bundle.manifest.engines.items()}
+    for graph in bundle.manifest.graphs:
+        due = tuple(
+            backend for backend, engines in bundle.manifest.engines.items() if graph in engines.files.keys() - found[backend].keys()
+        )
+        here = []
+        for backend in due:
+            reason = why_not(backend, bundle.manifest.engines[backend])
+            if reason is not None:
+                found[backend][graph] = f"needs another machine: {reason}"
+            elif backend == ONNXRUNTIME and _is_the_graph(bundle, graph):
+                found[backend][graph] = bundle.manifest.verification[graph]
+            else:
+                here.append(backend)
+        if here:
+            task = Task(bundle.folder, graph, tuple(here))
+            reports = children.run(verify, task, f"verifying the engines of {graph}", "if memory ran out, build with --no-verify")
+            for backend, report in reports.items():
+                found[backend][graph] = report
+        for backend in due:
+            logger.info("%s engine of %s %s", backend, graph, in_words(found[backend][graph]))
+    return {backend: dataclasses.replace(engines, verification=found[backend]) for backend, engines in bundle.manifest.engines.items()}
+
+
+def in_words(found: Report | str) -> str:
+    """What was found about an engine, as the rest of a sentence."""
+    if isinstance(found, str):
+        return f"not verified: {found}"
+    error = max(check["error"] for check in found["checks"])
+    return f"agrees with {found['compared_with']}: largest relative error {error:.1e}, tolerance {found['tolerance']:.0e}"
+
+
+def verify_again(bundle: Bundle) -> Bundle:
+    """Verify every engine of a bundle that runs here, and keep in its manifest what was found.
+
+    Raises:
+        VerificationError: if an engine differs from the eager model; the manifest stays as it was.
+        StaleBundleError: if the bundle's weights were discarded.
+        InputError: if the bundle's folder cannot be written.
+    """
+    with locked(bundle.folder):
+        engines = verify_engines(bundle, again=True)
+        verified = dataclasses.replace(bundle.manifest, engines=engines)
+        try:
+            write_manifest(bundle.folder, verified)
+        except OSError as error:
+            raise InputError(f"cannot write to {bundle.folder}: {error.strerror}; copy the bundle to a place of your own") from error
+    return Bundle(bundle.folder, verified)
+
+
+def _is_the_graph(bundle: Bundle, graph: str) -> bool:
+    """Whether ONNX Runtime runs here what it ran when the graph was verified: the graph itself, on the CPU, with its own weights."""
+    return graph in bundle.manifest.verification and not bundle.manifest.lora and best_device(ONNXRUNTIME).type == "cpu"
+
+
+def verify(task: Task) -> dict[str, Report | str]:
+    """Verify the engines of one graph in this process; see `verify_engines`."""
+    bundle = Bundle.open(task.folder)
+    spec, reference = bundle.graph(task.graph), _reference(bundle, task.graph)
+    profile = spec.dimensions[ROWS]
+    rows = sorted({min(max(size, profile.minimum), profile.maximum) for size in (*reference.rows, profile.optimum)})
+    inputs = (*reference.signature, *spec.inputs)
+    cases = cases_of(reference.load, reference.run, inputs, rows=rows, vocabulary=reference.vocabulary)
+    found: dict[str, Report | str] = {}
+    for backend in task.backends:
+        try:
+            engine = EngineLoader(bundle, backend, best_device(backend)).load(task.graph)
+        except UnsupportedError as error:
+            found[backend] = f"needs another machine: {error}"
+            continue
+        report = compare(partial(_run, engine), spec, cases, reference.precision)
+        report.raise_if_wrong(f"the {backend} engine of {task.graph}")
+        found[backend] = kept(report)
+        engine.close()
+    return found
+
+
+def _reference(bundle: Bundle, graph: str) -> Reference:
+    """The eager model with the weights and LoRAs that the bundle holds."""
+    loras, built_for = BundleLoras.read(bundle), bundle.manifest.built_for
+    if graph not in GRAPHS:
+        return component_reference(bundle.pipeline, bundle.graph(graph), built_for, loras.weights(component_of(bundle, graph)))
+    return Reference(
+        lambda: eager_denoiser(loras, torch.float32),
+        lambda denoiser, inputs: run_recipe(denoiser, recipe(graph), inputs),
+        _signature(bundle, graph),
+        (1, 2),
+        built_for.precision,
+    )
+
+
+def _signature(bundle: Bundle, graph: str) -> tuple[TensorSpec, ...]:
+    """All inputs of the denoiser, of which a graph may lack some."""
+    manifest, config = bundle.manifest, read_json(bundle.pipeline / bundle.manifest.model.attribute / "config.json")
+    (sample,) = (tensor for tensor in bundle.graph(graph).inputs if tensor.name == "sample")
+    height, width = manifest.built_for.height, manifest.built_for.width
+    return signature(
+        config,
+        height=height,
+        width=width,
+        vae_scale_factor=height // int(sample.shape[2]),
+        text_tokens=manifest.model.text_tokens,
+        dtype=sample.dtype,
+    )
+
+
+def _run(engine: Engine, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    """Run an engine on its own device, given tensors on the CPU."""
+    made = {name: tensor.to(engine.device) for name, tensor in outputs.items()}
+    engine.run({name: tensor.to(engine.device) for name, tensor in inputs.items()}, made)
+    for name, tensor in made.items():
+        outputs[name].copy_(tensor)
