@@ -43,7 +43,7 @@ def own(bundle: Bundle, tmp_path: Path) -> Bundle:
 
 def test_a_build_compares_every_engine_that_runs_here(tiny_sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tgate_trt")
-    manifest = tgate_trt.build(tiny_sd, tmp_path / "bundle", backend=BOTH, graphs=["fidelity"]).manifest
+    manifest = tgate_trt.build(tiny_sd, tmp_path / "bundle", backend=BOTH, graphs=["fidelity"], components=False).manifest
     for engines in manifest.engines.values():
         assert set(engines.verification) == set(engines.files)
         for report in engines.verification.values():
@@ -53,7 +53,7 @@ def test_a_build_compares_every_engine_that_runs_here(tiny_sd: Path, tmp_path: P
     assert not isinstance(taken, str)
     assert [check["rows"] for check in taken["checks"]] == [1], "its profile is one image"
     assert any(message.startswith("pytorch engine of fidelity agrees with eager PyTorch, fp32") for message in caplog.messages)
-    tgate_trt.build(tiny_sd, tmp_path / "bundle", backend=BOTH, graphs=["fidelity"])
+    tgate_trt.build(tiny_sd, tmp_path / "bundle", backend=BOTH, graphs=["fidelity"], components=False)
     assert any("is up to date" in message for message in caplog.messages)
 
 
@@ -66,8 +66,8 @@ def test_an_engine_that_computes_something_else_is_refused(own: Bundle, error_of
     ir.save(graph, own.folder / "planning.onnx")
     edit(own.folder, lambda manifest: manifest["files"]["planning.onnx"].update(held(own.folder / "planning.onnx")))
     with pytest.raises(VerificationError, match=r"the onnxruntime engine of planning differs from eager PyTorch: .* in 'noise_pred'"):
-        verify(Task(own.folder, "planning", ("onnxruntime",)))
-    assert verify(Task(own.folder, "planning", ("pytorch",)))["pytorch"]
+        verify(Task(own.folder, {"planning": ("onnxruntime",)}))
+    assert verify(Task(own.folder, {"planning": ("pytorch",)}))["planning"]["pytorch"]
     before = (own.folder / MANIFEST).read_bytes()
     assert "the onnxruntime engine of planning differs" in error_of(app, own.folder, "--verify")
     assert (own.folder / MANIFEST).read_bytes() == before
@@ -101,7 +101,7 @@ def test_without_weights_there_is_nothing_to_compare_with(tiny_sd: Path, tmp_pat
     options: dict[str, Any] = {"backend": "tensorrt-rtx", "precision": "fp32", "components": False, "verify": False}
     bundle = tgate_trt.build(tiny_sd, tmp_path / "bundle", **options, compute_capability=["SM89"], discard_graphs=True)
     with pytest.raises(StaleBundleError, match="holds no weights of the denoiser; build it again without --discard-graphs"):
-        verify(Task(bundle.folder, "planning", ("tensorrt-rtx",)))
+        verify(Task(bundle.folder, {"planning": ("tensorrt-rtx",)}))
 
 
 @pytest.mark.skipif(not RTX.is_installed(), reason="takes tensorrt-rtx")

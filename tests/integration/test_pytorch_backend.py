@@ -41,7 +41,7 @@ def test_both_backends_draw_the_same(bundle: Bundle, gate_step: int | str) -> No
 
 
 def test_a_bundle_of_pytorch_alone_runs(tiny_sd: Path, tmp_path: Path) -> None:
-    bundle = tgate_trt.build(tiny_sd, tmp_path / "bundle", backend="pytorch", precision="fp32")
+    bundle = tgate_trt.build(tiny_sd, tmp_path / "bundle", backend="pytorch", precision="fp32", components=False)
     assert set(bundle.manifest.engines) == {"pytorch"}
     assert set(bundle.manifest.verification) >= {"planning", "fidelity"}
     pipeline = tgate_trt.load(bundle)

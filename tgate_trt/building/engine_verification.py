@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Engines of one graph."""
+    """Engines to verify."""
 
     folder: Path
     """The bundle."""
-    graph: str
-    backends: tuple[str, ...]
+    backends: Mapping[str, tuple[str, ...]]
+    """Of each graph."""
 
 
 def verify_engines(bundle: Bundle, *, again: bool = False) -> dict[str, EngineSet]:
-    """Verify each engine of a bundle that has no report yet, one graph after the other in a process of its own.
+    """Verify each engine of a bundle that has no report yet, in a process of its own.
 
     Args:
         bundle: opened, with its weights.
@@ -59,30 +59,28 @@ def verify_engines(bundle: Bundle, *, again: bool = False) -> dict[str, EngineSe
     Raises:
         VerificationError: if an engine differs from the eager model.
         StaleBundleError: if the bundle's weights were discarded.
-        BuildError: if a child did not come to an end.
+        BuildError: if the child did not come to an end.
     """
-    found = {backend: {} if again else dict(engines.verification) for backend, engines in bundle.manifest.engines.items()}
-    for graph in bundle.manifest.graphs:
-        due = tuple(
-            backend for backend, engines in bundle.manifest.engines.items() if graph in engines.files.keys() - found[backend].keys()
-        )
-        here = []
-        for backend in due:
-            reason = why_not(backend, bundle.manifest.engines[backend])
-            if reason is not None:
-                found[backend][graph] = f"needs another machine: {reason}"
-            elif backend == ONNXRUNTIME and _is_the_graph(bundle, graph):
-                found[backend][graph] = bundle.manifest.verification[graph]
-            else:
-                here.append(backend)
-        if here:
-            task = Task(bundle.folder, graph, tuple(here))
-            reports = children.run(verify, task, f"verifying the engines of {graph}", "if memory ran out, build with --no-verify")
-            for backend, report in reports.items():
+    engine_sets = bundle.manifest.engines
+    found = {backend: {} if again else dict(engines.verification) for backend, engines in engine_sets.items()}
+    due = [(backend, graph) for backend, engines in engine_sets.items() for graph in engines.files if graph not in found[backend]]
+    here: dict[str, tuple[str, ...]] = {}
+    for backend, graph in due:
+        reason = why_not(backend, engine_sets[backend])
+        if reason is not None:
+            found[backend][graph] = f"needs another machine: {reason}"
+        elif backend == ONNXRUNTIME and _is_the_graph(bundle, graph):
+            found[backend][graph] = bundle.manifest.verification[graph]
+        else:
+            here[graph] = (*here.get(graph, ()), backend)
+    if here:
+        reports = children.run(verify, Task(bundle.folder, here), "verifying the engines", "if memory ran out, build with --no-verify")
+        for graph, by_backend in reports.items():
+            for backend, report in by_backend.items():
                 found[backend][graph] = report
-        for backend in due:
-            logger.info("%s engine of %s %s", backend, graph, in_words(found[backend][graph]))
-    return {backend: dataclasses.replace(engines, verification=found[backend]) for backend, engines in bundle.manifest.engines.items()}
+    for backend, graph in due:
+        logger.info("%s engine of %s %s", backend, graph, in_words(found[backend][graph]))
+    return {backend: dataclasses.replace(engines, verification=found[backend]) for backend, engines in engine_sets.items()}
 
 
 def in_words(found: Report | str) -> str:
@@ -116,23 +114,28 @@ def _is_the_graph(bundle: Bundle, graph: str) -> bool:
     return graph in bundle.manifest.verification and not bundle.manifest.lora and best_device(ONNXRUNTIME).type == "cpu"
 
 
-def verify(task: Task) -> dict[str, Report | str]:
-    """Verify the engines of one graph in this process; see `verify_engines`."""
+def verify(task: Task) -> dict[str, dict[str, Report | str]]:
+    """Verify engines in this process, and return what was found by graph and backend; see `verify_engines`."""
     bundle = Bundle.open(task.folder)
-    spec, reference = bundle.graph(task.graph), _reference(bundle, task.graph)
+    return {graph: _verify(bundle, graph, backends) for graph, backends in task.backends.items()}
+
+
+def _verify(bundle: Bundle, graph: str, backends: Sequence[str]) -> dict[str, Report | str]:
+    """Compare the engines of a graph, one after the other, with the eager model."""
+    spec, reference = bundle.graph(graph), _reference(bundle, graph)
     profile = spec.dimensions[ROWS]
     rows = sorted({min(max(size, profile.minimum), profile.maximum) for size in (*reference.rows, profile.optimum)})
     inputs = (*reference.signature, *spec.inputs)
     cases = cases_of(reference.load, reference.run, inputs, rows=rows, vocabulary=reference.vocabulary)
     found: dict[str, Report | str] = {}
-    for backend in task.backends:
+    for backend in backends:
         try:
-            engine = EngineLoader(bundle, backend, best_device(backend)).load(task.graph)
+            engine = EngineLoader(bundle, backend, best_device(backend)).load(graph)
         except UnsupportedError as error:
             found[backend] = f"needs another machine: {error}"
             continue
         report = compare(partial(_run, engine), spec, cases, reference.precision)
-        report.raise_if_wrong(f"the {backend} engine of {task.graph}")
+        report.raise_if_wrong(f"the {backend} engine of {graph}")
         found[backend] = kept(report)
         engine.close()
     return found
