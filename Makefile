@@ -37,7 +37,8 @@ demo: $(READY)
 	  --compute-capability SM86 --compute-capability SM89 --compute-capability SM120
 	$(BIN)/tgate-generate $(DEMO_BUNDLE) $(PICTURES) --gate-step none --gate-step 10 --gate-step 5 --output pictures/demo.png
 
-test: $(READY)
+# With TensorRT's stubs, against which the stand-in for its module is compared.
+test: $(READY) .typing/full
 	$(BIN)/pytest -n auto --dist loadfile
 
 # The engines are checked twice: against TensorRT's API and against TensorRT-RTX's, each in the place of the module `tensorrt`.
@@ -57,7 +58,7 @@ check: $(READY) .typing/tgate_trt .typing/full .typing/rtx
 MEND_STUBS := 's/\bin: /in_: /; s/(channel_axis: [a-zA-Z_.]+)(\) -> IScaleLayer)/\1 = ...\2/'
 
 # Without its dependencies, for TensorRT itself is not on PyPI.
-.typing/full: Makefile
+.typing/full: Makefile $(READY)
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ tensorrt-stubs==10.13.0.35.1
 	sed -i -E $(MEND_STUBS) $@/tensorrt_bindings/tensorrt.pyi
 

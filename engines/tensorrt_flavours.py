@@ -4,7 +4,7 @@ The three share one Python API. All other modules here take TensorRT's module as
 members, never their numbers, which changed between versions.
 
 We have run the builder of TensorRT-RTX 1.7, on machines without a GPU. TensorRT 10 and 11, and the runtime of TensorRT-RTX, which
-needs a GPU, are type-checked and have not been run.
+needs a GPU, are type-checked, and their runtimes tested on a stand-in; none of them has been run.
 """
 
 from __future__ import annotations

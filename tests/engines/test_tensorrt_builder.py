@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import psutil
 import pytest
 
+from tgate_trt.engines import tensorrt_flavours
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan, configure
 from tgate_trt.engines.tensorrt_callbacks import python_logger
-from tgate_trt.engines.tensorrt_flavours import RTX, TENSORRT, Api, gpu_is_present
+from tgate_trt.engines.tensorrt_flavours import RTX, TENSORRT, Api, Flavour, gpu_is_present
 from tgate_trt.engines.tensorrt_network import add_profile, check_network, parse
 from tgate_trt.errors import BuildError, InputError, UnsupportedError
 from tgate_trt.specs import Bounds, GraphSpec, TensorSpec
@@ -58,6 +60,41 @@ def graph(tmp_path: Path) -> Path:
     """The graph in a file."""
     ir.save(ir.from_onnx_text(GRAPH), tmp_path / "small.onnx")
     return tmp_path / "small.onnx"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has_gpu", "targets"),
+    [(("SM89",), False, ["SM89"]), (("SM86", "SM89"), True, ["SM86", "SM89"]), ((), True, ["CURRENT"])],
+)
+def test_a_plan_works_in_the_callers_memory_and_is_for_the_gpu_that_is_here(
+    capabilities: tuple[str, ...], has_gpu: bool, targets: list[str], trt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the flag the runtime cannot capture; without a capability TensorRT-RTX builds for every GPU from Ampere on."""
+    monkeypatch.setattr(tensorrt_flavours, "gpu_is_present", lambda: has_gpu)
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    RTX.set_target(trt, config, capabilities)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    found = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]
+    assert found == [getattr(trt.ComputeCapability, name) for name in targets]
+
+
+@pytest.mark.parametrize(
+    ("version", "python", "reason"),
+    [
+        ("11.1.0", (3, 13), "TensorRT 11.1.0 cannot register plugins with Python 3.13 or later; TensorRT 11.2 can"),
+        ("11.1.0", (3, 12), None),
+        ("11.2.0", (3, 13), None),
+        ("10.14.1", (3, 12), "need TensorRT 10.9 or later, but not 10.14; 10.14.1 is installed"),
+        (None, (3, 12), "tensorrt-cu13 is not installed"),
+    ],
+)
+def test_plugins_are_refused_where_tensorrt_cannot_register_them(
+    version: str | None, python: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flavour, "version", lambda self: version)
+    monkeypatch.setattr(tensorrt_flavours.sys, "version_info", python)  # type: ignore[attr-defined]
+    found = TENSORRT.why_no_plugins()
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_a_network_has_the_specs_tensors_and_profile(trt: Api, graph: Path) -> None:
@@ -201,6 +238,7 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 from pathlib import Path
 from tests_spec import SPEC, WEIGHT
+from tgate_trt.engines import tensorrt_flavours
 from tgate_trt.engines.tensorrt_builder import PlanOptions, build_plan
 from tgate_trt.engines.tensorrt_flavours import RTX
 def tell(fraction, phase):
