@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.eager import forward, tapped_modules
+from tgate_trt.eager import forward, tapped_modules, tensor_of
 from tgate_trt.engines.base import check, given
 from tgate_trt.engines.fused_modules import adds_and_normalises, fuse_modules, transformer_block
 from tgate_trt.engines.graphs import GraphCache, Staging
 from tgate_trt.engines.projections import arranged, fuse_projections, is_arranged, separate_projections
+from tgate_trt.engines.upper_part import keep_upper_part
 from tgate_trt.errors import BundleError, GateError
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec
-from tgate_trt.taps import Recipe, kind_of
+from tgate_trt.taps import DEEP_FEATURES, Recipe, kind_of
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ class _Cut(nn.Module):
         for tap, module in list(tapped_modules(denoiser)):
             name, kind = CACHE_PREFIX + tap, kind_of(tap)
             takes = kind in recipe.takes_in
+            if takes and kind.startswith(DEEP_FEATURES):
+                keep_upper_part(denoiser, int(kind.rpartition("_")[2]), partial(self._cached, name))
+                continue
             block: Any = denoiser.get_submodule(tap.partition(".")[2])
             if (fuse_cache_reuse if takes else fuse_modules) and adds_and_normalises(block, module):
                 block.forward = partial(transformer_block, block, partial(self._cached, name) if takes else None)
@@ -200,5 +204,5 @@ class _Cut(nn.Module):
     def _cached(self, name: str, *_: Any, **__: Any) -> Tensor:
         return self._taken[name]
 
-    def _give_out(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._outputs[name].copy_(output)
+    def _give_out(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._outputs[name].copy_(tensor_of(output))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tgate_trt.specs import CACHE_PREFIX, DTYPES
-from tgate_trt.taps import TAPPED_MODULES, Recipe, kind_of, tap_of
+from tgate_trt.taps import LAYERS_OF_A_BRANCH, TAPPED_MODULES, Recipe, deep_features, kind_of, tap_of
 
 ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Inputs that diffusers passes inside the dictionary ``added_cond_kwargs``."""
@@ -76,19 +76,55 @@ def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor
 
 
 def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each tap's name, and the attention module whose output it is."""
+    """Each tap's name, and the module whose output it is."""
     for path, module in denoiser.named_modules():
         tap = tap_of(path, tuple(TAPPED_MODULES))
         if tap is not None:
             yield tap, module
+    for branch, path in enumerate(deep_paths(denoiser)):
+        yield f"{deep_features(branch)}.{path}", denoiser.get_submodule(path)
+
+
+def deep_paths(denoiser: nn.Module) -> list[str]:
+    """Path of the module whose output is the deep features of each of DeepCache's branches; none for a model that is no UNet.
+
+    The layers that a branch computes anew are the last ``layer + 1`` of the up-block that is the ``block``-th from the end, and all
+    after it; they read the output of the layer, block or middle before them. A block with fewer layers has the same place for its
+    further branches.
+    """
+    blocks = getattr(denoiser, "up_blocks", None)
+    if blocks is None:
+        return []
+    paths = []
+    for branch in range(LAYERS_OF_A_BRANCH * len(blocks)):
+        block, layer = divmod(branch, LAYERS_OF_A_BRANCH)
+        index = len(blocks) - 1 - block
+        first = max(len(blocks[index].resnets) - 1 - layer, 0)
+        if first:
+            layers = "attentions" if getattr(blocks[index], "attentions", None) else "resnets"
+            paths.append(f"up_blocks.{index}.{layers}.{first - 1}")
+        else:
+            paths.append(f"up_blocks.{index - 1}" if index else "mid_block")
+    return paths
+
+
+def replaced(output: Any, value: Tensor) -> Any:
+    """A module's output with another tensor in the place of its tap: diffusers' transformers return it in a tuple."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor in a module's output that is its tap."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 @contextlib.contextmanager
 def tapped(denoiser: nn.Module, on_tap: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Within this context, ``on_tap(name, output)`` receives the output of each tapped module and returns its replacement."""
 
-    def hook(tap: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
-        return lambda _module, _inputs, output: on_tap(tap, output)
+    def hook(tap: str) -> Callable[[nn.Module, object, Any], Any]:
+        return lambda _module, _inputs, output: replaced(output, on_tap(tap, tensor_of(output)))
 
     handles = [module.register_forward_hook(hook(tap)) for tap, module in tapped_modules(denoiser)]
     try:
@@ -104,7 +140,8 @@ def run_recipe(denoiser: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor
     Args:
         denoiser: the model, in the dtype of the floating inputs.
         recipe: which taps are taken in and given out.
-        tensors: the model's inputs, and ``cache.<tap>`` for each tap that is taken in.
+        tensors: the model's inputs, and ``cache.<tap>`` for each tap that is taken in. Below the deep features that are taken in,
+            taps do not reach the prediction, and may be missing.
 
     Returns:
         ``noise_pred``, and ``cache.<tap>`` for each tap that is given out.
@@ -112,7 +149,7 @@ def run_recipe(denoiser: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor
     given_out: dict[str, Tensor] = {}
 
     def on_tap(tap: str, output: Tensor) -> Tensor:
-        value = tensors[CACHE_PREFIX + tap] if kind_of(tap) in recipe.takes_in else output
+        value = tensors.get(CACHE_PREFIX + tap, output) if kind_of(tap) in recipe.takes_in else output
         if kind_of(tap) in recipe.gives_out:
             given_out[CACHE_PREFIX + tap] = value
         return value

@@ -19,7 +19,7 @@ from tgate_trt.export.verify import random_inputs, relative_error
 from tgate_trt.kernels import cached_residual_layer_norm as kernel
 from tgate_trt.models.resolve import resolve
 from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec
-from tgate_trt.taps import GRAPHS, recipe
+from tgate_trt.taps import CROSS_ATTENTION, GRAPHS, Recipe, kind_of, recipe
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -57,13 +57,16 @@ def spec_of(folder: Path, graph: str) -> GraphSpec:
     """What a graph of the pipeline's UNet takes and gives, told by running the eager model."""
     whole, cut = signature(folder), recipe(graph)
     with torch.no_grad():
-        every = run_recipe(eager(folder), recipe("planning"), random_inputs(whole, 1, torch.Generator().manual_seed(0)))
-    caches = tuple(TensorSpec(name, "float32", (ROWS, *value.shape[1:])) for name, value in every.items() if name != "noise_pred")
-    noise = TensorSpec("noise_pred", "float32", (ROWS, *every["noise_pred"].shape[1:]))
-    inputs = tuple(tensor for tensor in whole if not (cut.takes_in and tensor.name == "encoder_hidden_states"))
-    return GraphSpec(
-        graph, inputs + (caches if cut.takes_in else ()), (noise, *(caches if cut.gives_out else ())), {ROWS: Bounds(1, 2, 31)}
-    )
+        given = Recipe(gives_out=(*cut.takes_in, *cut.gives_out))
+        every = run_recipe(eager(folder), given, random_inputs(whole, 1, torch.Generator().manual_seed(0)))
+    specs = {name: TensorSpec(name, "float32", (ROWS, *value.shape[1:])) for name, value in every.items()}
+    noise = specs.pop("noise_pred")
+
+    def caches(kinds: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(spec for name, spec in specs.items() if kind_of(name.removeprefix("cache.")) in kinds)
+
+    inputs = tuple(tensor for tensor in whole if not (CROSS_ATTENTION in cut.takes_in and tensor.name == "encoder_hidden_states"))
+    return GraphSpec(graph, inputs + caches(cut.takes_in), (noise, *caches(cut.gives_out)), {ROWS: Bounds(1, 2, 31)})
 
 
 def engine_of(folder: Path, graph: str, options: PyTorchOptions = BY_DEFAULT, device: torch.device = CPU) -> PyTorchEngine:
@@ -87,8 +90,18 @@ def assert_equal(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         assert relative_error(output.cpu(), expected[name]) <= tolerance, name
 
 
+FURTHER = (
+    "keep-self",
+    "reuse-self",
+    "planning-keep-self",
+    "fidelity-reuse-self",
+    *(graph for branch in (0, 2, 3, 5) for graph in (f"keep-deep{branch}", f"reuse-deep{branch}", f"fidelity-reuse-deep{branch}")),
+)
+"""Graphs of self-attention reuse and of DeepCache."""
+
+
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "not fused"])
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph", [*GRAPHS, *FURTHER])
 def test_a_cut_equals_the_eager_model(folder: Path, graph: str, fuse: bool) -> None:
     engine = engine_of(folder, graph, PyTorchOptions(fuse_cache_reuse=fuse))
     denoiser = eager(folder)

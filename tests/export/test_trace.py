@@ -23,6 +23,21 @@ from tgate_trt.models.source import ModelSource
 from tgate_trt.specs import MAXIMUM_ROWS, Bounds, GraphSpec
 from tgate_trt.taps import GRAPHS, recipe
 
+EVERY_GRAPH = (
+    *GRAPHS,
+    "keep-self",
+    "reuse-self",
+    "planning-keep-self",
+    "fidelity-keep-self",
+    "fidelity-reuse-self",
+    "keep-deep3",
+    *(f"reuse-deep{branch}" for branch in (0, 1, 3, 5)),
+    "fidelity-keep-deep0",
+    "fidelity-reuse-deep0",
+    "fidelity-reuse-deep3",
+)
+"""Those of self-attention reuse and of DeepCache at several branches too."""
+
 ROWS = Bounds(1, 2, MAXIMUM_ROWS)
 
 
@@ -104,8 +119,10 @@ def test_planning_gives_one_cache_a_cross_attention(traced: Traced) -> None:
     assert taps
 
 
-@pytest.mark.parametrize(("graph", "fuse"), [*((graph, False) for graph in GRAPHS), ("fidelity", True)])
+@pytest.mark.parametrize(("graph", "fuse"), [*((graph, False) for graph in EVERY_GRAPH), ("fidelity", True), ("fidelity-reuse-self", True)])
 def test_every_graph_equals_eager(traced: Traced, graph: str, fuse: bool) -> None:
+    if graph not in GRAPHS and traced.precision == "fp16":
+        pytest.skip("in fp32 it takes less time, and shows more")
     report = verify(
         lambda: traced.source.load_denoiser(torch.float32),
         lambda: traced.engine(graph, fuse=fuse).run,

@@ -31,7 +31,7 @@ from tgate_trt.files import read_json
 from tgate_trt.models.signature import signature
 from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
 from tgate_trt.specs import ROWS, TensorSpec
-from tgate_trt.taps import GRAPHS, recipe
+from tgate_trt.taps import is_of_denoiser, recipe
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _verify(bundle: Bundle, graph: str, backends: Sequence[str]) -> dict[str, Re
 def _reference(bundle: Bundle, graph: str) -> Reference:
     """The eager model with the weights and LoRAs that the bundle holds."""
     loras, built_for = BundleLoras.read(bundle), bundle.manifest.built_for
-    if graph not in GRAPHS:
+    if not is_of_denoiser(graph):
         return component_reference(bundle.pipeline, bundle.graph(graph), built_for, loras.weights(component_of(bundle, graph)))
     return Reference(
         lambda: eager_denoiser(loras, torch.float32),

@@ -29,7 +29,7 @@ from tgate_trt.export.weights_as_inputs import turn_weights_into_inputs
 from tgate_trt.files import link_or_copy, sha256, stamp
 from tgate_trt.kernels.cached_residual_layer_norm import WIDTHS
 from tgate_trt.specs import GraphSpec, TensorSpec
-from tgate_trt.taps import GRAPHS
+from tgate_trt.taps import is_of_denoiser
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def build_engines(folder: Path, target: Path, backend: str, specs: Mapping[str, 
         BuildError: if an engine cannot be built.
     """
     if backend == PYTORCH:  # text encoders and VAE run in diffusers, which is PyTorch too
-        return EngineSet(files={name: WEIGHTS_FILE for name in specs if name in GRAPHS})
+        return EngineSet(files={name: WEIGHTS_FILE for name in specs if is_of_denoiser(name)})
     if backend == ONNXRUNTIME:
         return EngineSet(files={name: graph_file(name) for name in specs})
     flavour = FLAVOURS[backend]

@@ -20,7 +20,7 @@ from tgate_trt.export.verify import verify as compare
 from tgate_trt.models.resolve import resolve_again
 from tgate_trt.models.source import ModelReference
 from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec, TensorSpec
-from tgate_trt.taps import GRAPHS, recipe
+from tgate_trt.taps import is_of_denoiser, recipe
 
 _LARGE_PICTURE = 512 * 512
 """Pixels from which decoding takes minutes and gigabytes on a CPU."""
@@ -53,7 +53,7 @@ def verify(task: Task) -> Report:
     from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine  # the parent process needs no ONNX Runtime
 
     spec = task.spec
-    reference = _denoiser(task) if spec.name in GRAPHS else _component(task)
+    reference = _denoiser(task) if is_of_denoiser(spec.name) else _component(task)
     every_row = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, 1, MAXIMUM_ROWS)})
     report = compare(
         reference.load,

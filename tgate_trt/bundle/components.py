@@ -19,7 +19,7 @@ from tgate_trt.files import read_json
 from tgate_trt.models.signature import precision_of_component
 from tgate_trt.models.source import INDEX
 from tgate_trt.specs import DTYPES, ROWS, GraphSpec, TensorSpec
-from tgate_trt.taps import GRAPHS
+from tgate_trt.taps import is_of_denoiser
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -113,13 +113,13 @@ def components_of(pipeline: Path) -> dict[str, Component]:
 
 def component_of(bundle: Bundle, graph: str) -> str:
     """The pipeline's component whose weights a graph has."""
-    if graph in GRAPHS:
+    if is_of_denoiser(graph):
         return bundle.manifest.model.attribute
     return "vae" if graph == VAE_DECODER else graph
 
 
 def weight_files(bundle: Bundle, graph: str) -> tuple[Path, ...]:
     """The safetensors files of a graph's weights in a bundle."""
-    if graph in GRAPHS:
+    if is_of_denoiser(graph):
         return (bundle.folder / WEIGHTS_FILE,)
     return components_of(bundle.pipeline)[graph].weight_files(bundle.folder)

@@ -18,7 +18,7 @@ from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, NOISE, GateStep, check_ga
 from tgate_trt.models.fingerprints import Fingerprint
 from tgate_trt.models.source import ModelReference
 from tgate_trt.specs import PRECISIONS, Bounds, GraphSpec
-from tgate_trt.taps import recipe
+from tgate_trt.taps import CROSS_ATTENTION, recipe
 
 SCHEMA = 4
 """Version of the manifest's form; a bundle of another one is built again."""
@@ -99,9 +99,9 @@ class BuiltFor:
     """Whether the reuse of the cache is one op of the graphs, not an addition and a norm."""
 
     def rows(self, graph: str) -> Bounds:
-        """Rows of a denoiser's graph: the fidelity graph runs without guidance, the others with or without."""
+        """Rows of a denoiser's graph: those that take in cross-attention run without guidance, the others with or without."""
         images = self.batch_size
-        if recipe(graph).takes_in:
+        if CROSS_ATTENTION in recipe(graph).takes_in:
             return images
         return Bounds(images.minimum, 2 * images.optimum, 2 * images.maximum)
 
