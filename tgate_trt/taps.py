@@ -81,7 +81,7 @@ def recipe(graph: str) -> Recipe:
 
 def graph_name(recipe: Recipe) -> str:
     """The name of a recipe's graph; see `recipe`."""
-    parts = []
+    parts: list[str] = []
     for verb, kinds in (("keep", recipe.gives_out), ("reuse", recipe.takes_in)):
         for kind in sorted(kinds, reverse=True):
             if kind == CROSS_ATTENTION:

@@ -190,7 +190,7 @@ def test_every_mode_equals_eager_where_engines_take_no_cache(
     bundle = request.getfixturevalue("sdxl_bundle") if hasattr(gated, "text_encoder_2") else sd_bundle
     vanilla = load_engine(bundle, "vanilla", backend="onnxruntime", threads=1)
     own = gated.unet
-    gated.unet = GatedDenoiser(gated, own.replaces, vanilla, vanilla, gate_step=2, after_gate=mode)
+    gated.unet = GatedDenoiser(gated, own.replaces, {"vanilla": vanilla}, gate=f"drop=2,after={mode}")
     try:
         drawn = draw(gated)
     finally:
@@ -272,7 +272,7 @@ def test_an_unknown_mode_is_refused_in_one_sentence(gated: Any, sd_bundle: Bundl
     own = gated.unet
     for attempt in (
         lambda: tgate_trt.load(sd_bundle, after_gate="mean"),
-        lambda: GatedDenoiser(gated, own.replaces, own.planning, own.fidelity, gate_step=2, after_gate="mean"),
+        lambda: GatedDenoiser(gated, own.replaces, own.engines, gate_step=2, after_gate="mean"),
         lambda: draw(gated_at(gated, "mean")),
     ):
         with pytest.raises(InputError, match="negative, positive, fading; got 'mean'") as caught:
@@ -281,7 +281,7 @@ def test_an_unknown_mode_is_refused_in_one_sentence(gated: Any, sd_bundle: Bundl
 
 
 def test_the_denoiser_is_where_its_engines_are(gated: Any) -> None:
-    assert gated.unet.device == gated.unet.planning.device == gated._execution_device
+    assert gated.unet.device == gated.unet.engines["planning"].device == gated._execution_device
 
 
 @pytest.mark.parametrize(

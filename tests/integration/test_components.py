@@ -163,7 +163,7 @@ def test_sdxls_vae_stays_in_fp32(tiny_sdxl: Path, tmp_path: Path) -> None:
 def test_low_memory_draws_the_same_with_one_engine_at_a_time(bundle: Bundle, gate_step: int) -> None:
     plain = quiet(tgate_trt.load(bundle, gate_step=gate_step, threads=1))
     frugal = quiet(tgate_trt.load(bundle, gate_step=gate_step, threads=1, low_memory=True))
-    engines = (frugal.unet.planning, frugal.unet.fidelity)
+    engines = (frugal.unet.engines["planning"], frugal.unet.engines["fidelity"])
     held = []
 
     def look(pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:

@@ -635,7 +635,7 @@ def test_guidance_dropped_alone_equals_eager(
     name = "sdxl" if hasattr(gated, "text_encoder_2") else "sd"
     vanilla = load_engine(request.getfixturevalue(f"{name}_bundle"), "vanilla", backend="onnxruntime", threads=1)
     own = gated.unet
-    gated.unet = GatedDenoiser(gated, own.replaces, vanilla, vanilla, gate_step=2, after_gate=after_gate)
+    gated.unet = GatedDenoiser(gated, own.replaces, {"vanilla": vanilla}, gate=f"drop=2,after={after_gate}")
     try:
         drawn = draw(gated, Run(TWO))
     finally:

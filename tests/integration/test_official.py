@@ -190,11 +190,11 @@ def test_every_cache_shows_in_the_latents(model: str, gated_pipelines: Pipelines
     gated = pipeline.unet
     gated.gate_step = 2
     right = latents_of(pipeline, 5, BATCHES["one prompt"])
-    changes = [(1.01, None), *((0.0, cache.name) for cache in gated.fidelity.spec.cache_inputs)]
+    changes = [(1.01, None), *((0.0, cache.name) for cache in gated.engines["fidelity"].spec.cache_inputs)]
     assert len(changes) > 4
     for factor, only in changes:
-        engine = ScaledCaches(gated.fidelity, factor, only)
-        pipeline.unet = GatedDenoiser(pipeline, gated.replaces, gated.planning, engine, gate_step=2)
+        engine = ScaledCaches(gated.engines["fidelity"], factor, only)
+        pipeline.unet = GatedDenoiser(pipeline, gated.replaces, {**gated.engines, "fidelity": engine}, gate_step=2)
         try:
             wrong = latents_of(pipeline, 5, BATCHES["one prompt"])
         finally:
@@ -280,8 +280,8 @@ def test_quirk_the_official_gate_counts_calls_of_a_second_order_scheduler(
     assert rows == [2, 2, 1]
 
     own = ours.unet
-    counted = CountedRuns(own.planning)
-    ours.unet = GatedDenoiser(ours, own.replaces, counted, own.fidelity, gate_step=3)
+    counted = CountedRuns(own.engines["planning"])
+    ours.unet = GatedDenoiser(ours, own.replaces, {**own.engines, "planning": counted}, gate_step=3)
     try:
         latents_of(ours, 5, BATCHES["one prompt"])
     finally:

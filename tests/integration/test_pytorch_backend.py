@@ -45,7 +45,7 @@ def test_a_bundle_of_pytorch_alone_runs(tiny_sd: Path, tmp_path: Path) -> None:
     assert set(bundle.manifest.engines) == {"pytorch"}
     assert set(bundle.manifest.verification) >= {"planning", "fidelity"}
     pipeline = tgate_trt.load(bundle)
-    assert isinstance(pipeline.unet.planning, PyTorchEngine)
+    assert isinstance(pipeline.unet.engines["planning"], PyTorchEngine)
     assert draw(pipeline).isfinite().all()
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import tgate_trt
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.errors import InputError
 from tgate_trt.gate.denoiser import GatedDenoiser
 from tgate_trt.running.loading import EngineLoader, load_engine
 
@@ -46,8 +45,8 @@ def draw(pipeline: Any) -> Tensor:
 def gated(bundle: Bundle, gate_step: int | str, vanilla: bool) -> tuple[Any, list[Counted]]:
     pipeline = tgate_trt.load(bundle, threads=1)
     engines = [Counted(load_engine(bundle, graph, backend="onnxruntime", threads=1)) for graph in ("planning", "fidelity", "vanilla")]
-    used: list[Any] = list(engines[: 2 + vanilla])
-    pipeline.unet = GatedDenoiser(pipeline, pipeline.unet.replaces, *used, gate_step=gate_step)
+    used: dict[str, Any] = {engine.spec.name: engine for engine in engines[: 2 + vanilla]}
+    pipeline.unet = GatedDenoiser(pipeline, pipeline.unet.replaces, used, gate_step=gate_step)
     return pipeline, engines
 
 
@@ -61,17 +60,10 @@ def test_only_the_last_planning_step_gives_out_cross_attention(gate_step: int | 
 
 def test_the_vanilla_engine_gets_loras_and_is_closed(sd_bundle: Bundle) -> None:
     pipeline, engines = gated(sd_bundle, 3, vanilla=True)
-    assert [engine.spec.name for engine in pipeline.unet.engines] == ["planning", "fidelity", "vanilla"]
+    assert list(pipeline.unet.engines) == ["planning", "fidelity", "vanilla"]
     pipeline.unet.close()
     with pytest.raises(tgate_trt.TGateError, match="closed"):
         engines[2].run({}, {})
-
-
-def test_low_memory_holds_none(sd_bundle: Bundle) -> None:
-    pipeline = tgate_trt.load(sd_bundle, threads=1)
-    engines = [load_engine(sd_bundle, graph, backend="onnxruntime", threads=1) for graph in ("planning", "fidelity", "vanilla")]
-    with pytest.raises(InputError, match="low_memory holds one engine at a time"):
-        GatedDenoiser(pipeline, pipeline.unet.replaces, *engines, gate_step=2, low_memory=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +76,12 @@ def pytorch_bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 def test_pytorch_has_one_on_the_same_weights(pytorch_bundle: Bundle) -> None:
     assert "vanilla" not in pytorch_bundle.manifest.graphs
     pipeline = tgate_trt.load(pytorch_bundle, gate_step=3)
-    planning, _, vanilla = pipeline.unet.engines
+    planning, vanilla = (pipeline.unet.engines[graph] for graph in ("planning", "vanilla"))
     state = planning._denoiser.state_dict()
     assert all(tensor.data_ptr() == state[name].data_ptr() for name, tensor in vanilla._denoiser.state_dict().items())
     drawn = draw(pipeline)
-    pipeline.unet.vanilla = None
+    without = {graph: engine for graph, engine in pipeline.unet.engines.items() if graph != "vanilla"}
+    pipeline.unet = GatedDenoiser(pipeline, pipeline.unet.replaces, without, gate_step=3)
     assert torch.equal(drawn, draw(pipeline))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tgate_trt.bench.graphed import capture_calls
-from tgate_trt.bench.settings import CAPTURED, CHANNELS_LAST, COMPILED, CUTOFF, OFFICIAL, TGATE, Setting
+from tgate_trt.bench.settings import CAPTURED, CHANNELS_LAST, COMPILED, CUTOFF, GATED, OFFICIAL, TGATE, Setting
 from tgate_trt.bench.stopwatch import Stopwatch
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.loras import BundleLoras
@@ -21,7 +21,8 @@ from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.export.macs import Macs, macs_of_graph
-from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING, GatedDenoiser
+from tgate_trt.gate.actions import substitute
+from tgate_trt.gate.denoiser import FIDELITY, FORECAST, HAND_OFF, PLANNING, GatedDenoiser
 from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.running.drawing import Drawing, draw, prepare
 from tgate_trt.running.loading import EngineLoader, eager_denoiser
@@ -30,7 +31,7 @@ from tgate_trt.running.pipeline import pipeline_of
 TEXT, VAE = "text encoding", "VAE"
 OUTSIDE = ("denoiser", "scheduler", "pipeline")
 """Parts of Python around the models: `GatedDenoiser`, the scheduler, and diffusers' pipeline."""
-PARTS = (PLANNING, FIDELITY, HAND_OFF, TEXT, VAE, *OUTSIDE)
+PARTS = (PLANNING, FIDELITY, HAND_OFF, FORECAST, TEXT, VAE, *OUTSIDE)
 """Parts of the time of a call, which add up to the whole."""
 
 _OFFICIAL_LOADERS = {"StableDiffusionPipeline": "TgateSDLoader", "StableDiffusionXLPipeline": "TgateSDXLLoader"}
@@ -68,20 +69,27 @@ class Contender:
             The pipeline's ``images``.
         """
         assert drawing.steps is not None
-        gate_step = NONE if self.setting.gate_step == NONE else self.setting.planning_steps(drawing.steps)
+        drawing = replace(drawing, steps=self.setting.steps or drawing.steps)
+        gate_step = NONE if self.setting.gate_step == NONE else self.setting.planning_steps(drawing.steps or 0)
         return self._draw(drawing, gate_step, watch, **more)
 
     def warm_up(self, drawing: Drawing) -> None:
-        """Draw in a step before the gate and one after it, on a GPU until the launches of each are captured and replayed."""
+        """Draw in a step before the gate and one after it, on a GPU until the launches of each are captured and replayed.
+
+        A gate in text form may have actions of further kinds, so it runs whole.
+        """
         on_gpu = self.pipeline.device.type == "cuda"
         wanted = _WARM_UP_STEPS * (1 + on_gpu)  # two before the gate, of which the last may be another engine's
         steps = min(wanted, drawing.steps or wanted)
         for _ in range(_WARM_UP_RUNS_ON_GPU if on_gpu else 1):
+            if self.setting.text is not None:
+                self.draw(drawing)
+                continue
             self._draw(replace(drawing, steps=steps), NONE if self.setting.gate_step == NONE else steps // 2, None)
 
     def _draw(self, drawing: Drawing, gate_step: GateStep, watch: Stopwatch | None, **more: Any) -> Any:
         setattr(self.pipeline, self.attribute, self.denoiser)
-        if isinstance(self.denoiser, GatedDenoiser):
+        if isinstance(self.denoiser, GatedDenoiser) and self.setting.text is None:
             self.denoiser.gate_step = gate_step
         if self.setting.kind == OFFICIAL:
             more |= {"gate_step": gate_step, **_WITHOUT_SELF_ATTENTION_REUSE}
@@ -201,8 +209,12 @@ class Studio:
                 del self._contenders[other]
 
     def _graphs(self, setting: Setting, backend: str) -> tuple[str, ...]:
-        """The graphs whose engines a setting runs: T-GATE's planning steps before the last run the vanilla one where weights are shared."""
-        return (*setting.graphs, "vanilla") if setting.kind == TGATE and self._loader(backend).shares_weights else setting.graphs
+        """The graphs whose engines a setting runs: planning steps before the last run the vanilla one where weights are shared."""
+        shares = self._loader(backend).shares_weights
+        if setting.kind == GATED:
+            held = [graph for graph in setting.graphs if graph != "vanilla"]
+            return setting.graphs if shares or substitute("vanilla", held) is None else tuple(held)
+        return (*setting.graphs, "vanilla") if setting.kind == TGATE and shares else setting.graphs
 
     def _with_engines(self, setting: Setting, backend: str) -> Contender:
         """A contender that runs a bundle's engines behind a `GatedDenoiser`."""
@@ -210,8 +222,8 @@ class Studio:
         for graph in graphs:
             if (backend, graph) not in self._engines:
                 self._engines[backend, graph] = self._loader(backend).load(graph)
-        pipeline, engines = self.pipeline(backend), [self._engines[backend, graph] for graph in graphs]
-        denoiser = GatedDenoiser(pipeline, self.architecture, *engines, gate_step=setting.gate_step, after_gate=setting.after_gate)
+        pipeline, engines = self.pipeline(backend), {graph: self._engines[backend, graph] for graph in graphs}
+        denoiser = GatedDenoiser(pipeline, self.architecture, engines, gate=setting.gate)
         return Contender(setting, pipeline, self.bundle.manifest.model.attribute, denoiser, pipeline)
 
     def _eager_contender(self, setting: Setting) -> Contender:

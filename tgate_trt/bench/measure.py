@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +27,11 @@ from tgate_trt.bundle.manifest import TRACE
 from tgate_trt.errors import InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import read_json
+from tgate_trt.gate.actions import Action, graphs_of, work_of
 from tgate_trt.gate.after_gate import AFTER_GATE, DEFAULT_AFTER_GATE
-from tgate_trt.gate.denoiser import FIDELITY, HAND_OFF, PLANNING
-from tgate_trt.gate.schedule import GateStep, noise_of, parse_gate_step, planning_steps
+from tgate_trt.gate.denoiser import FIDELITY, FORECAST, HAND_OFF, PLANNING, GatedDenoiser
+from tgate_trt.gate.gate import Gate
+from tgate_trt.gate.schedule import NONE, GateStep, noise_of, parse_gate_step, planning_steps
 from tgate_trt.gate.scheduler import levels_of_run, read_scheduler
 from tgate_trt.models.source import SCHEDULER
 from tgate_trt.running.drawing import Drawing, scheduler_of, to_bytes
@@ -54,6 +56,10 @@ class Plan:
     """Counts, fractions and noise levels; the bundle's own gate if empty."""
     after_gate: tuple[str, ...] = (DEFAULT_AFTER_GATE,)
     """Keys of `tgate_trt.gate.after_gate.AFTER_GATE`."""
+    gates: tuple[str, ...] = ()
+    """Further gates in text form, or by their names in the bundle."""
+    fewer_steps: tuple[int, ...] = ()
+    """Numbers of steps in which vanilla runs too."""
     backends: tuple[str, ...] = ()
     """Backends of the engines; the first that runs here if empty."""
     beside: tuple[str, ...] = ()
@@ -84,6 +90,8 @@ class Sample:
     """Seconds of each of `PARTS`."""
     calls: Mapping[str, int]
     """Number of times that each part was started."""
+    actions: tuple[Action, ...] = ()
+    """Of the run; none of settings without engines."""
 
     @property
     def whole(self) -> float:
@@ -93,7 +101,7 @@ class Sample:
     @property
     def denoising(self) -> float:
         """Seconds of the denoising loop, without text encoding, decoding and the rest of the pipeline."""
-        return sum(self.parts[part] for part in (PLANNING, FIDELITY, HAND_OFF, "denoiser", "scheduler"))
+        return sum(self.parts[part] for part in (PLANNING, FIDELITY, HAND_OFF, FORECAST, "denoiser", "scheduler"))
 
     @property
     def outside(self) -> float:
@@ -192,7 +200,7 @@ class Measurement:
             "setting": dataclasses.asdict(setting),
             "engine": self.studio.engine_name(setting),
             "baseline": self.label(setting.baseline),
-            "planning_steps": setting.planning_steps(self.steps),
+            "planning_steps": setting.planning_steps(setting.steps or self.steps),
             "seconds": spread(whole),
             "images_per_second": self.plan.images / spread(whole)["median"],
             "ratio": ratios(whole, [sample.whole for sample in base]),
@@ -215,9 +223,16 @@ class Measurement:
 
     def _work(self, setting: Setting, sample: Sample) -> tuple[int, int]:
         """Multiply-accumulates of a call's denoising: in linear and convolution layers, and including attention's two products."""
+        if sample.actions:
+
+            def work(count: Callable[[str, int], int]) -> int:
+                return work_of(sample.actions, self.plan.images, guided=self._is_guided, count=count)
+
+            linear = work(lambda graph, rows: self.studio.macs(graph, rows).linear)
+            return linear, linear + work(lambda graph, rows: self.studio.macs(graph, rows).sdpa)
         rows = self.plan.images * (2 if self._is_guided else 1), self.plan.images
         linear = whole = 0
-        for graph, size, part in zip(setting.graphs, rows, (PLANNING, FIDELITY), strict=True):
+        for graph, size, part in zip(setting.graphs, rows, (PLANNING, FIDELITY), strict=True):  # without engines
             macs, calls = self.studio.macs(graph, size), sample.calls.get(part, 0)
             linear, whole = linear + calls * macs.linear, whole + calls * (macs.linear + macs.sdpa)
         return linear, whole
@@ -230,7 +245,8 @@ class Measurement:
         watch = Stopwatch(self.studio.device)
         contender.draw(batch, watch)
         seconds = watch.seconds()
-        return Sample({part: seconds.get(part, 0.0) for part in PARTS}, dict(watch.calls))
+        actions = contender.denoiser.latest_run.actions if isinstance(contender.denoiser, GatedDenoiser) else ()
+        return Sample({part: seconds.get(part, 0.0) for part in PARTS}, dict(watch.calls), actions)
 
 
 def prepare(plan: Plan) -> Measurement:
@@ -252,7 +268,11 @@ def prepare(plan: Plan) -> Measurement:
     prompts, _ = prompts_of(manifest.model.name, plan.drawing.prompts, plan.rounds * plan.images)
     own = read_json(bundle.pipeline / "scheduler" / SCHEDULER)["_class_name"]
     drawing = replace(plan.drawing, prompts=prompts, scheduler=scheduler_for(own, plan.drawing.scheduler)).of(bundle)
-    settings = settings_of(backends, gates_of(bundle, drawing, plan.gate_steps), plan.after_gate, plan.beside)
+    gates = [whole_gate_of(bundle, drawing, text) for text in plan.gates]
+    for graph in dict.fromkeys(graph for gate in gates for graph in graphs_of(gate)):
+        bundle = add_graph(bundle, graph)
+    steps = gates_of(bundle, drawing, plan.gate_steps) if plan.gate_steps or not gates else ()
+    settings = settings_of(backends, steps, plan.after_gate, plan.beside, gates, plan.fewer_steps)
     studio = Studio(bundle, device_of(backends), drawing.scheduler, plan.threads, keeps_engines=_fits(bundle, settings))
     measurement = Measurement(plan, drawing, studio, settings)
     for setting in settings:
@@ -278,6 +298,21 @@ def gates_of(bundle: Bundle, drawing: Drawing, texts: Sequence[str]) -> tuple[Ga
     scheduler = scheduler_of(SimpleNamespace(scheduler=read_scheduler(bundle.pipeline)), drawing.scheduler)
     levels = levels_of_run(scheduler, drawing.steps or bundle.manifest.steps)
     return tuple(gate if noise_of(gate) is None else planning_steps(gate, len(levels), levels) for gate in gates)
+
+
+def whole_gate_of(bundle: Bundle, drawing: Drawing, text: str) -> Gate:
+    """A gate in text form, or by its name in the bundle; of noise levels, the numbers of steps that they make of the drawing's steps."""
+    gate = bundle.manifest.gate(text)
+
+    def step(value: GateStep) -> GateStep:
+        return value if value == NONE else gates_of(bundle, drawing, (str(value),))[0]
+
+    return replace(
+        gate,
+        step=step(gate.step),
+        drop=None if gate.drop is None else step(gate.drop),
+        start=None if gate.start is None else step(gate.start),
+    )
 
 
 def scheduler_for(own: str, wanted: str | None) -> str | None:

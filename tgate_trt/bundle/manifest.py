@@ -14,6 +14,7 @@ from pydantic import AfterValidator, PlainSerializer, PlainValidator, TypeAdapte
 from typing_extensions import TypedDict
 
 from tgate_trt.errors import BundleError, InputError
+from tgate_trt.gate.gate import Gate, gate_of
 from tgate_trt.gate.schedule import DEFAULT_GATE_STEP, NOISE, GateStep, check_gate_step
 from tgate_trt.models.fingerprints import Fingerprint
 from tgate_trt.models.source import ModelReference
@@ -56,7 +57,7 @@ def _precision(name: str) -> str:
 
 PlainPath = Annotated[str, AfterValidator(_plain)]
 Precision = Annotated[str, AfterValidator(_precision)]
-Gate = Annotated[GateStep, AfterValidator(check_gate_step)]
+Step = Annotated[GateStep, AfterValidator(check_gate_step)]
 Noise = Annotated[float, Gt(0), Lt(math.inf)]
 Count = Annotated[int, Ge(1)]
 GraphData = Annotated[GraphSpec, PlainValidator(GraphSpec.from_json), PlainSerializer(GraphSpec.to_json)]
@@ -207,7 +208,7 @@ class Manifest:
     """By backend."""
     verification: Mapping[str, Report]
     """What was compared with eager PyTorch, by graph; empty for a build with ``verify=False``."""
-    gate_step: Gate | None
+    gate_step: Step | None
     """The model's published one, or None if it has none."""
     gate_noise: Noise | None
     """The noise level σ of that step in a run of ``steps`` with the model's own scheduler; None also if that shows no noise levels."""
@@ -216,6 +217,8 @@ class Manifest:
     guidance_scale: float | None
     """The model's default, or None for the pipeline's."""
     lora: tuple[HeldLora, ...] = ()
+    gates: Mapping[str, str] = field(default_factory=dict)
+    """Gates with names of their own, by name, in their text form."""
     files: Mapping[PlainPath, HeldFile] = field(default_factory=dict)
     """By path in the bundle."""
 
@@ -225,6 +228,14 @@ class Manifest:
         if self.gate_noise is not None:
             return f"{NOISE}{self.gate_noise:g}"
         return DEFAULT_GATE_STEP if self.gate_step is None else self.gate_step
+
+    def gate(self, gate: Gate | str | int | float) -> Gate:
+        """A gate from a gate, its text form, its step, or its name in this bundle.
+
+        Raises:
+            InputError: if it is none.
+        """
+        return gate_of(self.gates.get(gate, gate) if isinstance(gate, str) else gate)
 
     def check_files(self) -> None:
         """Check that every file that this manifest names is one whose hash it has.

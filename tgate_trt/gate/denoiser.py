@@ -1,11 +1,10 @@
-"""`GatedDenoiser`: stands where a pipeline's UNet or transformer stood, and switches engines at the gate.
+"""`GatedDenoiser`: stands where a pipeline's UNet or transformer stood, and carries out a row of actions.
 
-A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. Before the gate it runs the vanilla
-engine on that batch if it has one, and at the last planning call the planning engine, which gives out cross-attention too. That
-call's outputs are averaged over the two halves and kept.
-From the gate on it runs the fidelity engine on the negative half alone and returns the prediction ``n`` twice, so that
-the pipeline's guidance, ``n + s·(n − n)``, gives ``n`` (T-GATE, arXiv 2404.02747, section 4). `tgate_trt.gate.after_gate` has
-the other modes.
+A diffusers pipeline calls it at every step with the guidance batch ``[negative, positive]``. What each call does follows from the gate
+and the run (`tgate_trt.gate.actions`): an engine runs on all rows or on one half, reuses taps that earlier calls kept and keeps some
+itself, or no engine runs and the prediction is forecast. From the gate on, T-GATE (arXiv 2404.02747, section 4) runs the negative half
+alone with the mean of both halves' cross-attention. A prediction ``n`` of one half is returned twice, so that the pipeline's guidance,
+``n + s·(n − n)``, gives ``n``; `tgate_trt.gate.after_gate` has the other modes.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -25,21 +24,25 @@ from torch import Tensor, nn
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, InputError, UnsupportedError
-from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, AfterGate, after_gate_of
+from tgate_trt.gate.actions import Action, actions_of, graphs_of, substitute
+from tgate_trt.gate.after_gate import AfterGate, after_gate_of
 from tgate_trt.gate.caller import calling_pipeline, is_executing, is_of_this_thread
 from tgate_trt.gate.fetched import Fetched
-from tgate_trt.gate.schedule import GateSchedule, GateStep, check_gate_step
+from tgate_trt.gate.gate import Gate, gate_of
+from tgate_trt.gate.history import History
+from tgate_trt.gate.schedule import NONE, GateSchedule, GateStep, check_gate_step
 from tgate_trt.gate.scheduler import begin_at, place_of, schedule_of
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.kernels.hand_off import HandOff
-from tgate_trt.specs import ROWS, TensorSpec
+from tgate_trt.specs import CACHE_PREFIX, ROWS, TensorSpec
+from tgate_trt.taps import kind_of, recipe
 
 logger = logging.getLogger(__name__)
 
 _PREDICTION = "noise_pred"
 _TIMESTEP = TensorSpec("timestep", "float32", (ROWS,))
 
-PLANNING, FIDELITY, HAND_OFF = "planning step", "fidelity step", "hand-off"
+PLANNING, FIDELITY, HAND_OFF, FORECAST = "planning step", "fidelity step", "hand-off", "forecast"
 """Parts of a run that an `Observer` surrounds."""
 
 Observer = Callable[[str], AbstractContextManager[object]]
@@ -79,7 +82,11 @@ class _Run:
     timesteps: Tensor
     """The scheduler's own tensor; another object there means that another run has begun."""
     schedule: GateSchedule
-    after_gate: AfterGate
+    gate: Gate
+    start: int | None
+    """The step of ``gate.start``."""
+    actions: tuple[Action, ...]
+    """One for each call."""
     guided: bool
     rows: int
     """Rows of each call: two an image under guidance."""
@@ -89,12 +96,15 @@ class _Run:
     """Index of the first call's timestep in the scheduler's tensor, or None for a copy."""
     awaited: Fetched
     """What the host checks once the first call is launched; see `GatedDenoiser._check`."""
+    history: History
     calls: int = 0
     """Calls made so far."""
     lost_guidance: bool = False
     """Whether the pipeline dropped guidance within the run."""
-    has_cache: bool = False
-    """Whether this run has made its hand-off; before that the buffers hold another run's caches."""
+    times: Sequence[float] = ()
+    """The timestep of each call, once the host knows them."""
+    kept: set[tuple[str, int]] = field(default_factory=set)
+    """Kinds of tap that this run has kept, with the rows; the other buffers hold another run's."""
 
     @property
     def images(self) -> int:
@@ -108,10 +118,12 @@ class LatestRun:
     schedule: GateSchedule
     guided: bool
     """Whether its steps before the gate had two rows for each image."""
+    actions: tuple[Action, ...]
+    """One for each call."""
 
 
 class GatedDenoiser(StandIn):
-    """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs two engines and one gate.
+    """A drop-in for ``pipe.unet`` or ``pipe.transformer`` that runs engines by a gate.
 
     Attributes that a pipeline reads (``config``, ``dtype``, ``add_embedding``) come from the module that this one replaces,
     which may be an architecture without weights.
@@ -121,65 +133,61 @@ class GatedDenoiser(StandIn):
         self,
         pipeline: Any,
         replaces: nn.Module,
-        planning: Engine,
-        fidelity: Engine,
-        vanilla: Engine | None = None,
+        engines: Mapping[str, Engine],
         *,
-        gate_step: GateStep,
+        gate: Gate | str | int | float | None = None,
+        gate_step: GateStep | None = None,
+        after_gate: str | None = None,
         guidance: bool | None = None,
-        after_gate: str = DEFAULT_AFTER_GATE,
         low_memory: bool = False,
         picture: tuple[int, int] | None = None,
         origin: Any = None,
         eager: Callable[[], nn.Module] | None = None,
+        load: Callable[[str], Engine | None] | None = None,
     ) -> None:
         """Make a denoiser for one pipeline.
 
         Args:
             pipeline: the diffusers pipeline that will call it; the step follows from its scheduler.
             replaces: the denoiser that stood there, or its architecture on the ``meta`` device.
-            planning: engine for the last planning step, and for all without a vanilla one.
-            fidelity: engine for the steps from the gate on. One that takes no caches, such as the vanilla graph's,
-                drops guidance at the gate and nothing else.
-            vanilla: engine for the planning steps whose cross-attention is not reused: it need not give it out.
-            gate_step: number of planning steps, a fraction of the steps, a noise level such as ``"noise:1.35"``, or ``"none"``.
-            guidance: whether runs are guided; read from the pipeline if None.
+            engines: by the names of their graphs, at least one. Steps whose taps nobody reuses run one that gives them out in vain where
+                there is none that does not.
+            gate: how a run is filled with actions: a `Gate`, its text form, or its step.
+            gate_step: in the place of ``gate``: its ``step``.
             after_gate: what a guided run does from the gate on, of `tgate_trt.gate.after_gate.AFTER_GATE`.
+            guidance: whether runs are guided; read from the pipeline if None.
             low_memory: whether to hold one engine at a time: each is loaded anew in every run.
             picture: height and width in pixels of the pictures that the engines draw, for errors; those of the latents if None.
             origin: where the engines come from, for whoever loaded them.
             eager: gives the replaced module with its weights, to save it, if ``replaces`` is an architecture.
+            load: loads the engine of a further graph when a gate needs it; gives None if a substitute shall run.
 
         Raises:
-            InputError: if ``gate_step`` is impossible, or ``after_gate`` is no mode.
+            InputError: if the gate is impossible, or needs a graph of which there is no engine.
         """
         super().__init__(replaces, eager)
         self._pipeline = weakref.ref(pipeline)
-        self.planning = planning
-        self.fidelity = fidelity
-        self.vanilla = vanilla
-        self.gate_step = gate_step
+        self.engines = dict(engines)
+        """By the names of their graphs; `gate` adds those that it needs."""
         self.guidance = guidance
-        self.after_gate = after_gate
         self.origin = origin
-        sample = next(tensor for tensor in planning.spec.inputs if tensor.name == "sample")
-        self._latents: tuple[Any, ...] = sample.shape[2:]
+        spec = next(iter(self.engines.values())).spec
+        self._latents: tuple[Any, ...] = next(tensor for tensor in spec.inputs if tensor.name == "sample").shape[2:]
         self._picture = picture or self._latents
         self.observer: Observer | None = None
         """Surrounds every run of an engine and every hand-off while it is set, for example to time them."""
-        self._low_memory = low_memory and planning is not fidelity
-        if low_memory and vanilla is not None:
-            raise InputError("low_memory holds one engine at a time, so it takes no vanilla engine beside the planning one")
-        self._known = {tensor.name for engine in (planning, fidelity) for tensor in engine.spec.inputs}
-        self._planning_inputs, self._fidelity_inputs = _own_inputs(planning), _own_inputs(fidelity)
-        self._vanilla_inputs = None if vanilla is None else _own_inputs(vanilla)
-        self._cache_inputs = fidelity.spec.cache_inputs
+        self._low_memory = low_memory
+        self._load = load
+        self._names: dict[str, tuple[str, tuple[tuple[str, torch.dtype], ...]]] = {}
+        """For each graph that an action names, the graph whose engine runs, and its inputs but for caches."""
         self._run: _Run | None = None
         self._displaced: list[FrameType] = []
         """Pipelines' methods whose runs another run began within."""
         self._lock = threading.Lock()
-        self._memory: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self._hand_offs: dict[tuple[int, int, AfterGate], HandOff] = {}
+        self._memory: dict[tuple[str, int], Tensor] = {}
+        self._hand_offs: dict[tuple[int, int, AfterGate, tuple[str, ...]], HandOff] = {}
+        self._gate = Gate()
+        self.gate = gate_of(gate) if gate is not None else Gate(NONE if gate_step is None else gate_step, after_gate)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -207,23 +215,41 @@ class GatedDenoiser(StandIn):
         )
 
     @property
+    def gate(self) -> Gate:
+        """How runs are filled with actions; setting one that is impossible, or that needs an engine that there is not, raises."""
+        return self._gate
+
+    @gate.setter
+    def gate(self, gate: Gate | str | int | float) -> None:
+        found = gate_of(gate)
+        for graph in graphs_of(found):
+            self._engine(graph, found)
+        self._gate = found
+
+    @property
     def gate_step(self) -> GateStep:
-        """A count or a fraction of the steps, a noise level, or ``"none"``; setting an impossible one raises `InputError`."""
-        return self._gate_step
+        """The gate's boundary: a count or a fraction of the steps, a noise level, or ``"none"``; setting it keeps its other settings."""
+        return self.gate.boundary
 
     @gate_step.setter
     def gate_step(self, gate_step: GateStep) -> None:
-        self._gate_step = check_gate_step(gate_step)
+        check_gate_step(gate_step)
+        if gate_step == NONE:
+            self.gate = replace(self.gate, step=NONE, drop=None, fi=1)
+        elif self.gate.drop is None:
+            self.gate = replace(self.gate, step=gate_step)
+        else:
+            self.gate = replace(self.gate, drop=gate_step)
 
     @property
     def after_gate(self) -> str:
         """What a guided run does from the gate on; setting anything but a mode raises `InputError`."""
-        return self._after_gate
+        return self.gate.mode
 
     @after_gate.setter
     def after_gate(self, after_gate: str) -> None:
         after_gate_of(after_gate)
-        self._after_gate = after_gate
+        self.gate = replace(self.gate, after=after_gate)
 
     @property
     def latest_run(self) -> LatestRun:
@@ -234,12 +260,12 @@ class GatedDenoiser(StandIn):
         """
         if self._run is None:
             raise GateError("this denoiser has made no run; draw a picture first")
-        return LatestRun(self._run.schedule, self._run.guided or self._run.lost_guidance)
+        return LatestRun(self._run.schedule, self._run.guided or self._run.lost_guidance, self._run.actions)
 
     @property
     def device(self) -> torch.device:
         """Where the engines run. Pipelines read it in each run; the replaced module would search all of its parameters for it."""
-        return self.planning.device
+        return next(iter(self.engines.values())).device
 
     def forward(
         self,
@@ -279,12 +305,9 @@ class GatedDenoiser(StandIn):
             if run.calls == 1:
                 self._refuse_sizes(run, sample, encoder_hidden_states)
             tensors = {name: _rows_of(run, name, tensor) for name, tensor in tensors.items()}
-            tensors["timestep"] = self._allocated("timestep", (_TIMESTEP,), run.rows, sample.device)["timestep"].copy_(
-                torch.as_tensor(timestep)
-            )
-            call = run.calls - 1
-            prediction = (self._run_planning if run.schedule.is_planning(call) else self._run_fidelity)(run, call, tensors)
-            if call == 0:
+            tensors["timestep"] = self._buffer(_TIMESTEP, run.rows, sample.device).copy_(torch.as_tensor(timestep))
+            prediction = self._carry_out(run, run.calls - 1, tensors)
+            if run.calls == 1:
                 self._check(run)
         if not return_dict:
             return (prediction,)
@@ -292,25 +315,21 @@ class GatedDenoiser(StandIn):
 
         return Transformer2DModelOutput(sample=prediction)
 
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """All of its engines."""
-        return (self.planning, self.fidelity, *(() if self.vanilla is None else (self.vanilla,)))
-
     def serves(self, pipeline: Any) -> bool:
         """Whether this is the pipeline whose scheduler and guidance the denoiser reads."""
         return self._pipeline() is pipeline
 
     def close(self) -> None:
         """Free the engines, the run and its buffers."""
-        for engine in self.engines:
+        for engine in self.engines.values():
             engine.close()
         self._run = None
         self._memory.clear()
         self._hand_offs.clear()
 
     def _refuse_unknown(self, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-        unknown = {name: value for name, value in tensors.items() if name not in self._known} | dict(others)
+        known = {tensor.name for engine in self.engines.values() for tensor in engine.spec.inputs}
+        unknown = {name: value for name, value in tensors.items() if name not in known} | dict(others)
         for name, value in unknown.items():
             if value is not None and not (isinstance(value, Mapping) and not value):
                 raise UnsupportedError(f"the graphs of this bundle do not take {name!r}; run this pipeline without tgate-trt")
@@ -331,14 +350,16 @@ class GatedDenoiser(StandIn):
                 f"this bundle draws pictures of {self._picture[1]}×{self._picture[0]} pixels, and the call asks for {width}×{height}; "
                 f"pass height={self._picture[0]} and width={self._picture[1]}, or build a bundle of that size"
             )
-        tokens = next((tensor.shape[1] for tensor in self.planning.spec.inputs if tensor.name == "encoder_hidden_states"), text.shape[1])
+        engines = [(self._engine(action.graph, run.gate), action) for action in run.actions if action.graph is not None]
+        takes_text = (tensor for engine, _ in engines for tensor in engine.spec.inputs if tensor.name == "encoder_hidden_states")
+        tokens = next((tensor.shape[1] for tensor in takes_text), text.shape[1])
         if text.shape[1] != tokens:
             raise GateError(f"this bundle takes prompts of {tokens} tokens, and the call gives {text.shape[1]}; shorten the prompt")
-        planning, fidelity, *vanilla = (engine.spec.dimensions[ROWS] for engine in self.engines)
-        most = min(min(rows.maximum for rows in (planning, *vanilla)) // (2 if run.guided else 1), fidelity.maximum)
-        if not fidelity.minimum <= run.images <= most:
+        rows = {(engine.spec.dimensions[ROWS], 2 if run.guided and action.half is None else 1) for engine, action in engines}
+        least, most = max(-(-profile.minimum // an_image) for profile, an_image in rows), min(profile.maximum // an for profile, an in rows)
+        if not least <= run.images <= most:
             raise GateError(
-                f"this bundle draws {fidelity.minimum} to {most} images in one run, and the call asks for {run.images}; "
+                f"this bundle draws {least} to {most} images in one run, and the call asks for {run.images}; "
                 "draw them in several runs, or build a bundle with another --batch-size"
             )
 
@@ -361,6 +382,8 @@ class GatedDenoiser(StandIn):
             )
         if run.guided and sample.shape[0] == run.images and not self._is_guided(pipeline, sample):
             run.rows, run.guided, run.lost_guidance = run.images, False, True
+            again = actions_of(run.gate, run.schedule, guided=False, start=run.start, begins=run.calls)
+            run.actions = (*run.actions[: run.calls], *again[run.calls :])
         if sample.shape[0] != run.rows:
             raise GateError(f"the batch changed within a run, from {run.rows} rows to {sample.shape[0]}; start a new run for another batch")
         run.calls += 1
@@ -415,8 +438,14 @@ class GatedDenoiser(StandIn):
             del self._memory[key]
         for sizes in [sizes for sizes in self._hand_offs if sizes[0] != rows]:
             del self._hand_offs[sizes]
-        schedule, after_gate = schedule_of(pipeline, timestep, self.gate_step), after_gate_of(self.after_gate)
-        return _Run(weakref.ref(pipeline), timesteps, schedule, after_gate, guided, rows, frame, place_of(timesteps, timestep), awaited)
+        gate = self.gate
+        schedule = schedule_of(pipeline, timestep, gate.boundary)
+        start = None if gate.start is None else schedule_of(pipeline, timestep, gate.start).gate_step
+        actions = actions_of(gate, schedule, guided=guided, start=start)
+        place = place_of(timesteps, timestep)
+        return _Run(
+            weakref.ref(pipeline), timesteps, schedule, gate, start, actions, guided, rows, frame, place, awaited, History(gate.rule)
+        )
 
     def _check(self, run: _Run) -> None:
         """Once the first call is launched, check its batch, and spare the scheduler a search on the GPU.
@@ -429,6 +458,8 @@ class GatedDenoiser(StandIn):
         """
         differ, timesteps = run.awaited.values()
         _refuse_differing_halves(differ, run.rows)
+        first = len(timesteps) - run.schedule.calls if run.first is None else run.first
+        run.times = timesteps.tolist()[first : first + run.schedule.calls]
         pipeline = run.pipeline()
         if run.first is not None and pipeline is not None:
             begin_at(pipeline.scheduler, timesteps, run.first)
@@ -440,82 +471,116 @@ class GatedDenoiser(StandIn):
         does_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
         return not bool(differing_halves(sample)) if does_guidance is None else bool(does_guidance)
 
-    def _run_planning(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
-        """Run the planning engine on the whole batch and hand off its caches at the last planning call, else the vanilla one."""
-        if self._low_memory:
-            self.fidelity.unload()
-        hands_off = run.schedule.hands_off(call)
-        engine, wanted = self.planning, self._planning_inputs
-        if not hands_off and self.vanilla is not None and self._vanilla_inputs is not None:
-            engine, wanted = self.vanilla, self._vanilla_inputs
-        outputs = self._outputs(engine, run.rows)
-        inputs = _inputs(wanted, tensors, None)
-        with self._observed(PLANNING):
-            engine.run(inputs, outputs)
-        if hands_off:
-            with self._observed(HAND_OFF):
-                self._hand_off(run, outputs)
-        return outputs[_PREDICTION].to(tensors["sample"].dtype, copy=True)
+    def _engine(self, graph: str, gate: Gate) -> Engine:
+        """The engine that runs a graph, or a substitute for it.
 
-    def _hand_off(self, run: _Run, outputs: Mapping[str, Tensor]) -> None:
-        """Write the caches of the fidelity phase: under guidance the mean of the halves or one half, else all rows."""
-        after = run.after_gate
-        if run.guided and after.fades:
-            negative, positive = outputs[_PREDICTION].chunk(2)
-            torch.sub(positive, negative, out=self._direction(run))
-        key = (run.rows, run.images, after)
-        if key not in self._hand_offs:
-            taps = {tensor.name: outputs[tensor.name] for tensor in self._cache_inputs}
-            if run.guided and not after.averages:
-                taps = {name: tap.chunk(2)[after.half] for name, tap in taps.items()}
-            self._hand_offs[key] = HandOff(taps, self._caches(run))
-        self._hand_offs[key].run()
-        run.has_cache = True
+        Raises:
+            InputError: if there is neither.
+        """
+        if graph not in self._names:
+            if graph not in self.engines and self._load is not None and (loaded := self._load(graph)) is not None:
+                self.engines[graph] = loaded
+            name = graph if graph in self.engines else substitute(graph, self.engines)
+            if name is None:
+                raise InputError(f"the gate {gate} needs the {graph} graph, of which there is no engine; build a bundle with --gate {gate}")
+            self._names[graph] = name, _own_inputs(self.engines[name])
+        return self.engines[self._names[graph][0]]
 
-    def _run_fidelity(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
-        """Run the fidelity engine on the kept half with the caches, and return the prediction for both halves."""
-        if not run.has_cache:
-            raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
-        if self._low_memory:
-            self.planning.unload()
-        after = run.after_gate
-        inputs = _inputs(self._fidelity_inputs, tensors, after.half if run.guided else None)
-        outputs = self._outputs(self.fidelity, run.images)
-        inputs |= self._caches(run)
-        with self._observed(FIDELITY):
-            self.fidelity.run(inputs, outputs)
-        dtype = tensors["sample"].dtype
-        if not run.guided:
-            return outputs[_PREDICTION].to(dtype, copy=True)
-        both = torch.cat([outputs[_PREDICTION]] * 2).to(dtype)
-        if after.fades:  # [p − w·d, p], of which the pipeline's guidance, n + s·(p − n), makes p + (s − 1)·w·d
+    def _carry_out(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
+        """Do what the action of a call says, and return the prediction for all rows of the call, in the caller's dtype."""
+        action, dtype = run.actions[call], tensors["sample"].dtype
+        phase = (action.is_planning, action.half, run.rows)
+        if action.graph is None:
+            with self._observed(FORECAST):
+                prediction = run.history.forecast(phase, run.times[call])
+        else:
+            prediction = self._run_graph(run, call, action, tensors)
+            if run.gate.forecast is not None:
+                run.history.add(phase, self._time(run, call), prediction)
+        if action.half is None:
+            return prediction.to(dtype, copy=True)
+        both = torch.cat([prediction] * 2).to(dtype)
+        after = run.gate.after_gate
+        if after.fades and not action.is_planning:  # [p − w·d, p], of which the guidance, n + s·(p − n), makes p + (s − 1)·w·d
             both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
         return both
+
+    def _time(self, run: _Run, call: int) -> float:
+        """The timestep of a call, which the host knows from the second call on; before, the first is asked for."""
+        if not run.times:
+            self._check(run)
+        return run.times[call]
+
+    def _run_graph(self, run: _Run, call: int, action: Action, tensors: Mapping[str, Any]) -> Tensor:
+        """Run an engine with the taps that it reuses, keep those that it gives out, and hand off those that one half reuses."""
+        assert action.graph is not None
+        engine, cut = self._engine(action.graph, run.gate), recipe(action.graph)
+        rows = run.rows if action.half is None else run.images
+        if not {(kind, rows) for kind in cut.takes_in} <= run.kept:
+            raise GateError("this run has no cache of its own, because its last planning step failed; start a new run")
+        if self._low_memory:
+            for other in self.engines.values():
+                if other is not engine:
+                    other.unload()
+        caches = {tensor.name: self._buffer(tensor, rows, engine.device) for tensor in engine.spec.cache_inputs}
+        outputs = {tensor.name: self._buffer(tensor, rows, engine.device) for tensor in engine.spec.outputs}
+        inputs = _inputs(self._names[action.graph][1], tensors, action.half) | caches
+        with self._observed(PLANNING if action.is_planning else FIDELITY):
+            engine.run(inputs, outputs)
+        run.kept |= {(kind, rows) for kind in cut.gives_out}
+        if action.half is None and run.guided and run.gate.after_gate.fades and self._ends_guidance(run, call):
+            negative, positive = outputs[_PREDICTION].chunk(2)
+            torch.sub(positive, negative, out=self._direction(run))
+        if action.hands_off:
+            with self._observed(HAND_OFF):
+                self._hand_off(run, action.hands_off, outputs)
+        return outputs[_PREDICTION]
+
+    @staticmethod
+    def _ends_guidance(run: _Run, call: int) -> bool:
+        """Whether this is the last planning call."""
+        return call + 1 < len(run.actions) and run.schedule.is_planning(call) and not run.schedule.is_planning(call + 1)
+
+    def _hand_off(self, run: _Run, kinds: tuple[str, ...], outputs: Mapping[str, Tensor]) -> None:
+        """Write the taps that one half reuses: the mean of the halves, or that half's own."""
+        after = run.gate.after_gate
+        key = (run.rows, run.images, after, kinds)
+        if key not in self._hand_offs:
+            taps = {name: tensor for name, tensor in outputs.items() if _kind(name) in kinds}
+            caches = {name: self._buffer_like(name, tap, run.images) for name, tap in taps.items()}
+            if not after.averages:
+                taps = {name: tap.chunk(2)[after.half] for name, tap in taps.items()}
+            self._hand_offs[key] = HandOff(taps, caches)
+        self._hand_offs[key].run()
+        run.kept |= {(kind, run.images) for kind in kinds}
 
     def _observed(self, part: str) -> AbstractContextManager[object]:
         return nullcontext() if self.observer is None else self.observer(part)
 
-    def _caches(self, run: _Run) -> dict[str, Tensor]:
-        return self._allocated("cache", self._cache_inputs, run.images, self.fidelity.device)
-
     def _direction(self, run: _Run) -> Tensor:
         """``p − n`` of the last guided step."""
-        tensors = tuple(tensor for tensor in self.planning.spec.outputs if tensor.name == _PREDICTION)
-        return self._allocated("direction", tensors, run.images, self.planning.device)[_PREDICTION]
+        return self._buffer_like("direction", self._memory[_PREDICTION, run.rows], run.images)
 
-    def _outputs(self, engine: Engine, rows: int) -> dict[str, Tensor]:
-        return self._allocated(engine.spec.name, engine.spec.outputs, rows, engine.device)
-
-    def _allocated(self, purpose: str, tensors: tuple[TensorSpec, ...], rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Buffers at addresses that stay from call to call and from run to run, so that engines bind them once."""
-        key = (purpose, rows)
+    def _buffer(self, tensor: TensorSpec, rows: int, device: torch.device) -> Tensor:
+        """Memory at an address that stays from call to call and from run to run, so that engines bind it once."""
+        key = (tensor.name, rows)
         if key not in self._memory:
-            with torch.inference_mode(False):  # a later run outside inference mode may write to them too
-                self._memory[key] = {
-                    tensor.name: torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
-                    for tensor in tensors
-                }
+            with torch.inference_mode(False):  # a later run outside inference mode may write to it too
+                self._memory[key] = torch.empty(tensor.concrete(**{ROWS: rows}), dtype=torch_dtype(tensor.dtype), device=device)
         return self._memory[key]
+
+    def _buffer_like(self, name: str, tensor: Tensor, rows: int) -> Tensor:
+        """The same for a tensor of another number of rows."""
+        key = (name, rows)
+        if key not in self._memory:
+            with torch.inference_mode(False):
+                self._memory[key] = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        return self._memory[key]
+
+
+def _kind(name: str) -> str:
+    """The kind of a cache by its tensor's name, or the name of another tensor."""
+    return kind_of(name.removeprefix(CACHE_PREFIX))
 
 
 def differing_halves(sample: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import graph_file
 from tgate_trt.errors import InputError
 from tgate_trt.export.macs import macs_of_graph
+from tgate_trt.gate.actions import substitute, work_of
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, after_gate_of
 from tgate_trt.gate.denoiser import GatedDenoiser, LatestRun
 from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, noise_of, parse_gate_step, planning_steps
@@ -257,15 +258,18 @@ def _counter(bundle: Bundle) -> Count | None:
     """Counts the work of a bundle's graphs, of each once; None if the bundle holds no graphs."""
     if not {graph_file("planning"), graph_file("fidelity")} <= bundle.manifest.files.keys():
         return None
-    return cache(lambda graph, rows: macs_of_graph(bundle.folder / graph_file(graph), rows).linear)
+
+    def count(graph: str, rows: int) -> int:
+        held = graph if graph_file(graph) in bundle.manifest.files else str(substitute(graph, bundle.manifest.graphs))
+        return macs_of_graph(bundle.folder / graph_file(held), rows).linear
+
+    return cache(count)
 
 
 def _work(run: LatestRun, count: Count) -> float:
     """Multiply-accumulates of a run as a share of those without a gate."""
-    planning, fidelity = count("planning", 2 if run.guided else 1), count("fidelity", 1)
-    calls = run.schedule.calls
-    planned = sum(run.schedule.is_planning(call) for call in range(calls))
-    return (planned * planning + (calls - planned) * fidelity) / (calls * planning)
+    whole = run.schedule.calls * count("planning", 2 if run.guided else 1)
+    return work_of(run.actions, 1, guided=run.guided, count=count) / whole
 
 
 def label_of(gate_step: GateStep, after_gate: str) -> str:

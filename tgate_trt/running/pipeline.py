@@ -19,12 +19,15 @@ from tgate_trt.bundle.backends import choose_backend, has_engine
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
+from tgate_trt.bundle.manifest import Manifest
 from tgate_trt.eager import is_architecture, torch_dtype
-from tgate_trt.errors import GateError, InputError
+from tgate_trt.engines.base import Engine
+from tgate_trt.errors import GateError, InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import opened_file
-from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
+from tgate_trt.gate.actions import substitute
 from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.gate.scheduler import schedule_of
 from tgate_trt.gate.stand_in import StandIn
@@ -38,9 +41,12 @@ logger = logging.getLogger(__name__)
 class LoadOptions(TypedDict, total=False):
     """How a bundle's engines are loaded, and how they run: keywords of `load` and `apply`."""
 
+    gate: Gate | str | int | float | None
+    """How runs are filled with actions, as a `Gate` or its text form, such as ``"10,sp=5,warm=2"``, or the name of a gate that the
+    bundle holds, such as ``"tuned"``; in the place of ``gate_step`` and ``after_gate``."""
     gate_step: GateStep | None
     """Number of planning steps, a fraction of the steps, a noise level such as ``"noise:1.35"``, or ``"none"``; the model's own if None."""
-    after_gate: str
+    after_gate: str | None
     """What a guided run does from the gate on: ``"negative"`` is T-GATE; ``"positive"`` keeps the prompt's half; ``"fading"``
     keeps that and fades guidance out; see `tgate_trt.gate.after_gate`."""
     backend: str | None
@@ -79,8 +85,8 @@ def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]
 
     Args:
         bundle: folder of a bundle, or a bundle that is open.
-        **options: ``gate_step``, ``after_gate``, ``backend``, ``device``, ``guidance``, ``threads``, ``low_memory``, ``components``,
-            ``cuda_graphs``, ``specialisation``, ``torch_compile``; see `LoadOptions`.
+        **options: ``gate``, ``gate_step``, ``after_gate``, ``backend``, ``device``, ``guidance``, ``threads``, ``low_memory``,
+            ``components``, ``cuda_graphs``, ``specialisation``, ``torch_compile``; see `LoadOptions`.
 
     Returns:
         The `DiffusionPipeline` that the bundle was built from, on the engines' device.
@@ -170,7 +176,7 @@ def refit(target: str | os.PathLike[str] | Bundle | Any, lora: Sequence[str | Lo
     loras = BundleLoras.read(origin.bundle, files)
     loras.refuse_what_cannot_be_refitted(origin.backend)
     weights = loras.weights(origin.bundle.manifest.model.attribute)
-    for engine in gated.engines:
+    for engine in gated.engines.values():
         engine.replace_weights(weights)
     origin.loras = loras
     _refit_components(target, loras, with_engines=True)
@@ -262,25 +268,54 @@ def component_graphs(loader: EngineLoader) -> list[str]:
 def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: LoadOptions) -> None:
     """Load the denoiser's engines and put them into a pipeline."""
     origin = Origin(loader.bundle, loader.backend, loader.loras)
-    manifest, low_memory, gate_step = loader.bundle.manifest, options.get("low_memory", False), options.get("gate_step")
-    planning = loader.load("planning")
-    if low_memory:
-        planning.unload()
+    manifest, low_memory = loader.bundle.manifest, options.get("low_memory", False)
+    gate = gate_from(manifest, options)
+
+    def load(graph: str) -> Engine | None:
+        if graph == "vanilla" and has_engine(loader.bundle, "planning", loader.backend):
+            return None if low_memory else loader.load_vanilla()
+        if not has_engine(loader.bundle, graph, loader.backend):
+            if substitute(graph, loader.bundle.manifest.engines[loader.backend].files) is not None:
+                return None
+            raise StaleBundleError(
+                f"{loader.bundle.folder} holds no {loader.backend} engine of the {graph} graph, which this gate needs; add it with "
+                f"tgate-build --model {manifest.model.reference.model} --output {loader.bundle.folder} --backend {loader.backend} "
+                f"--gate {gate}"
+            )
+        engine = loader.load(graph)
+        if low_memory:
+            engine.unload()
+        return engine
+
+    first = next(graph for graph in ("planning", *loader.bundle.manifest.graphs) if has_engine(loader.bundle, graph, loader.backend))
     gated = GatedDenoiser(
         pipeline,
         replaces,
-        planning,
-        loader.load("fidelity"),
-        None if low_memory else loader.load_vanilla(),
-        gate_step=manifest.default_gate_step if gate_step is None else gate_step,
+        {first: loader.load(first)},
+        gate=gate,
         guidance=options.get("guidance"),
-        after_gate=options.get("after_gate", DEFAULT_AFTER_GATE),
         low_memory=low_memory,
         picture=(manifest.built_for.height, manifest.built_for.width),
         origin=origin,
         eager=(lambda: eager_denoiser(origin.loras, gated.dtype)) if is_architecture(replaces) else None,
+        load=load,
     )
     setattr(pipeline, manifest.model.attribute, gated)
+
+
+def gate_from(manifest: Manifest, options: LoadOptions) -> Gate:
+    """The gate that options name; the bundle's own if they name none.
+
+    Raises:
+        InputError: if it is impossible, or both ``gate`` and ``gate_step`` or ``after_gate`` are named.
+    """
+    step, after = options.get("gate_step"), options.get("after_gate")
+    gate = options.get("gate")
+    if gate is not None:
+        if step is not None or after is not None:
+            raise InputError("a gate names its step and what comes after it, so gate_step and after_gate are for loads without one")
+        return manifest.gate(gate)
+    return Gate(manifest.default_gate_step if step is None else step, after)
 
 
 def _gated(pipeline: Any) -> GatedDenoiser:

@@ -60,7 +60,7 @@ def test_pooled_text_is_swapped_too(sdxl_bundle: Bundle) -> None:
 
 def test_each_call_has_the_text_of_its_step(sd_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = subject_of(sd_bundle, "a red fox", "two birds", scheduler="heun")
-    null, engine = null_prompt(subject), subject.gated.planning
+    null, engine = null_prompt(subject), subject.gated.engines["planning"]
     is_null: list[bool] = []
 
     def run(inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:

@@ -87,6 +87,6 @@ def test_where_weights_are_shared_planning_steps_before_the_last_are_vanilla(stu
         contender = studio.contender(Setting(TGATE, backend, 2))
         assert len(contender.denoiser.engines) == engines
         assert draw(studio, drawing, Setting(TGATE, backend, 2)).isfinite().all()
-    vanilla = studio.contender(Setting(VANILLA, "pytorch")).denoiser.planning
-    assert studio.contender(Setting(TGATE, "pytorch", 2)).denoiser.vanilla is vanilla
+    vanilla = studio.contender(Setting(VANILLA, "pytorch")).denoiser.engines["vanilla"]
+    assert studio.contender(Setting(TGATE, "pytorch", 2)).denoiser.engines["vanilla"] is vanilla
     assert Setting(EAGER).baseline == Setting(EAGER)
