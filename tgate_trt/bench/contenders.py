@@ -213,7 +213,7 @@ class Studio:
         shares = self._loader(backend).shares_weights
         if setting.kind == GATED:
             held = [graph for graph in setting.graphs if graph != "vanilla"]
-            return setting.graphs if shares or substitute("vanilla", held) is None else tuple(held)
+            return setting.graphs if shares or substitute("vanilla") not in held else tuple(held)
         return (*setting.graphs, "vanilla") if setting.kind == TGATE and shares else setting.graphs
 
     def _with_engines(self, setting: Setting, backend: str) -> Contender:

@@ -13,10 +13,12 @@ from tgate_trt.bundle.manifest import BuiltFor
 from tgate_trt.engines.tensorrt_builder import PlanOptions
 from tgate_trt.engines.tensorrt_flavours import TENSORRT, gpu_is_present
 from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.gate.actions import graphs_of, substitute
+from tgate_trt.gate.gate import Gate, gate_of
 from tgate_trt.models.lora import LoraFile
 from tgate_trt.models.source import ModelSource
 from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds
-from tgate_trt.taps import recipe
+from tgate_trt.taps import DEEP_FEATURES, LAYERS_OF_A_BRANCH, recipe
 
 FUSIONS = ("plugin", "function", "off")
 """How the reuse of the cache runs: as a TensorRT plugin, and as a local function for the other backends; as a local function
@@ -37,6 +39,8 @@ class BuildOptions(TypedDict, total=False):
     """Of the picture in pixels; the model's own if None."""
     batch_size: str
     """Images of a run, ``"MIN:OPT:MAX"``; ``"1:1:1"`` by default."""
+    gates: Sequence[str | Gate]
+    """Gates, or their text forms, that the bundle shall be able to run: the graphs that they need are cut besides ``graphs``."""
     graphs: Sequence[str] | None
     """Names of graphs, of `tgate_trt.taps.GRAPHS`; if None, planning and fidelity, and where TensorRT engines share their weights
     vanilla too, which then costs no memory and spares the steps before the last planning one the taps."""
@@ -100,9 +104,8 @@ class Request:
             dataclasses.replace(plans, capabilities=tuple(options.get("compute_capability") or ())),
             plugins=None if fusion is None else fusion == "plugin",
         )
-        graphs = tuple(dict.fromkeys(options.get("graphs") or _graphs(engines)))
-        for graph in graphs:
-            recipe(graph)
+        graphs = _graphs(options.get("graphs"), [gate_of(gate) for gate in options.get("gates", ())], engines)
+        _refuse_branches(graphs, LAYERS_OF_A_BRANCH * len(source.denoiser_config().get("up_block_types", ())))
         height, width = options.get("height") or source.height, options.get("width") or source.width
         precision = _precision(options.get("precision"), engines.backends)
         source.signature(height, width, precision)
@@ -122,10 +125,30 @@ class Request:
         return request
 
 
-def _graphs(engines: EngineRequest) -> tuple[str, ...]:
-    """The graphs of a build that names none."""
+def _graphs(named: Sequence[str] | None, gates: Sequence[Gate], engines: EngineRequest) -> tuple[str, ...]:
+    """The graphs of a build: those named, or the default ones, and those that gates need and none of these can stand for.
+
+    Raises:
+        InputError: if there is no graph of a name.
+    """
     shares = engines.weights == "shared" and not set(engines.backends) <= set(UNCOMPILED)
-    return ("planning", "fidelity", *(("vanilla",) if shares else ()))
+    graphs = list(dict.fromkeys(named or ("planning", "fidelity", *(("vanilla",) if shares else ()))))
+    for graph in graphs:
+        recipe(graph)
+    needed = {graph: None for gate in gates for graph in graphs_of(gate) if graph not in graphs}
+    return (*graphs, *(graph for graph in needed if substitute(graph) not in (*graphs, *needed)))
+
+
+def _refuse_branches(graphs: Sequence[str], branches: int) -> None:
+    """Refuse graphs whose deep features the model does not have.
+
+    Raises:
+        InputError: with the branches that it has.
+    """
+    for graph in graphs:
+        for kind in (*recipe(graph).takes_in, *recipe(graph).gives_out):
+            if kind.startswith(DEEP_FEATURES) and int(kind.rpartition("_")[2]) >= branches:
+                raise InputError(f"this model has no branch {kind.rpartition('_')[2]} for DeepCache; it has 0 to {branches - 1}")
 
 
 def _backends(backend: str | Sequence[str] | None) -> tuple[str, ...]:

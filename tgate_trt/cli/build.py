@@ -40,6 +40,10 @@ def build(
     height: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
+    gates: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Gate that the bundle shall be able to run, such as 10,sp=5,warm=2. May be given several times."),
+    ] = None,
     graphs: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +114,7 @@ def build(
         from tgate_trt.engines.tensorrt_builder import PlanOptions
 
         options = {name: value for name, value in context.params.items() if name != "verbose"}
+        options["gates"] = gates or ()
         plans = {field.name for field in dataclasses.fields(PlanOptions)} & options.keys()
         options["plan_options"] = PlanOptions(**{name: options.pop(name) for name in plans})
         bundle = tgate_trt.build(**options)

@@ -107,14 +107,12 @@ _LENGTHS = (4, 9, 25, 50)
 """Lengths of runs in which every action of a gate comes up."""
 
 
-def substitute(graph: str, graphs: Iterable[str]) -> str | None:
-    """The one of some graphs that can run in the place of a graph: it gives out cross-attention besides, and nothing else differs."""
-    wanted = recipe(graph)
-    for name in graphs:
-        other = recipe(name)
-        if set(other.takes_in) == set(wanted.takes_in) and set(other.gives_out) == {*wanted.gives_out, CROSS_ATTENTION}:
-            return name
-    return None
+def substitute(graph: str) -> str | None:
+    """The graph that can run in the place of another: it gives out cross-attention besides; None where there can be none."""
+    cut = recipe(graph)
+    if CROSS_ATTENTION in (*cut.takes_in, *cut.gives_out):
+        return None
+    return graph_name(Recipe(cut.takes_in, (*cut.gives_out, CROSS_ATTENTION)))
 
 
 def _boundaries(gate: Gate, steps: int) -> Iterable[int]:

@@ -143,7 +143,7 @@ class GatedDenoiser(StandIn):
         picture: tuple[int, int] | None = None,
         origin: Any = None,
         eager: Callable[[], nn.Module] | None = None,
-        load: Callable[[str], Engine | None] | None = None,
+        load: Callable[[str, Gate], Engine | None] | None = None,
     ) -> None:
         """Make a denoiser for one pipeline.
 
@@ -160,7 +160,7 @@ class GatedDenoiser(StandIn):
             picture: height and width in pixels of the pictures that the engines draw, for errors; those of the latents if None.
             origin: where the engines come from, for whoever loaded them.
             eager: gives the replaced module with its weights, to save it, if ``replaces`` is an architecture.
-            load: loads the engine of a further graph when a gate needs it; gives None if a substitute shall run.
+            load: loads the engine of a further graph for a gate that needs it; gives None if a substitute shall run.
 
         Raises:
             InputError: if the gate is impossible, or needs a graph of which there is no engine.
@@ -478,13 +478,17 @@ class GatedDenoiser(StandIn):
             InputError: if there is neither.
         """
         if graph not in self._names:
-            if graph not in self.engines and self._load is not None and (loaded := self._load(graph)) is not None:
-                self.engines[graph] = loaded
-            name = graph if graph in self.engines else substitute(graph, self.engines)
+            name = next((name for name in (graph, substitute(graph)) if name is not None and self._has(name, gate)), None)
             if name is None:
                 raise InputError(f"the gate {gate} needs the {graph} graph, of which there is no engine; build a bundle with --gate {gate}")
             self._names[graph] = name, _own_inputs(self.engines[name])
         return self.engines[self._names[graph][0]]
+
+    def _has(self, graph: str, gate: Gate) -> bool:
+        """Whether there is an engine of a graph, which is loaded if need be."""
+        if graph not in self.engines and self._load is not None and (loaded := self._load(graph, gate)) is not None:
+            self.engines[graph] = loaded
+        return graph in self.engines
 
     def _carry_out(self, run: _Run, call: int, tensors: Mapping[str, Any]) -> Tensor:
         """Do what the action of a call says, and return the prediction for all rows of the call, in the caller's dtype."""

@@ -260,7 +260,7 @@ def _counter(bundle: Bundle) -> Count | None:
         return None
 
     def count(graph: str, rows: int) -> int:
-        held = graph if graph_file(graph) in bundle.manifest.files else str(substitute(graph, bundle.manifest.graphs))
+        held = graph if graph_file(graph) in bundle.manifest.files else str(substitute(graph))
         return macs_of_graph(bundle.folder / graph_file(held), rows).linear
 
     return cache(count)

@@ -269,13 +269,12 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
     """Load the denoiser's engines and put them into a pipeline."""
     origin = Origin(loader.bundle, loader.backend, loader.loras)
     manifest, low_memory = loader.bundle.manifest, options.get("low_memory", False)
-    gate = gate_from(manifest, options)
 
-    def load(graph: str) -> Engine | None:
+    def load(graph: str, gate: Gate) -> Engine | None:
         if graph == "vanilla" and has_engine(loader.bundle, "planning", loader.backend):
             return None if low_memory else loader.load_vanilla()
         if not has_engine(loader.bundle, graph, loader.backend):
-            if substitute(graph, loader.bundle.manifest.engines[loader.backend].files) is not None:
+            if (other := substitute(graph)) is not None and has_engine(loader.bundle, other, loader.backend):
                 return None
             raise StaleBundleError(
                 f"{loader.bundle.folder} holds no {loader.backend} engine of the {graph} graph, which this gate needs; add it with "
@@ -292,7 +291,7 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         pipeline,
         replaces,
         {first: loader.load(first)},
-        gate=gate,
+        gate=gate_from(manifest, options),
         guidance=options.get("guidance"),
         low_memory=low_memory,
         picture=(manifest.built_for.height, manifest.built_for.width),
