@@ -119,7 +119,7 @@ def _boundaries(gate: Gate, steps: int) -> Iterable[int]:
     if gate.boundary == NONE:
         return (steps,)
     if isinstance(gate.boundary, int):
-        return (min(gate.boundary, steps - 1),)
+        return (min(gate.boundary, steps - 1), steps)
     return range(1, steps + 1)
 
 
