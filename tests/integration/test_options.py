@@ -31,6 +31,6 @@ def test_tgate_build_has_an_option_for_every_keyword_and_none_besides() -> None:
 def test_a_keyword_that_is_no_option_is_refused(sd_bundle: Bundle, tmp_path: Any) -> None:
     with pytest.raises(TypeError, match="there is no option 'precison'; the options are backend, precision,"):
         tgate_trt.build("shapes", tmp_path / "bundle", precison="fp16")  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="there is no option 'gate'; the options are gate_step,"):
-        tgate_trt.load(sd_bundle, gate=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="there is no option 'gates'; the options are gate, gate_step,"):
+        tgate_trt.load(sd_bundle, gates=3)  # type: ignore[call-arg]
     assert not (tmp_path / "bundle").exists()

@@ -38,6 +38,11 @@ def run(
         str | None, typer.Option(help="Counts, fractions and noise levels, with commas: 5,0.4,noise:1.35. [default: the bundle's own]")
     ] = None,
     after_gate: Annotated[str, typer.Option(help="From the gate on, with commas: negative, positive, fading.")] = "negative",
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="A whole gate, such as 10,sp=5,warm=2 or 7,after=positive,forecast=2, or a name in the bundle. Repeat it."),
+    ] = None,
+    fewer_steps: Annotated[str | None, typer.Option(help="Vanilla in fewer steps too, with commas: 12,15.")] = None,
     beside: Annotated[
         str | None, typer.Option(help="PyTorch without engines, with commas: eager, graphs, channels-last, cutoff, compile, official.")
     ] = None,
@@ -80,6 +85,8 @@ def run(
             bundle,
             gate_steps=_names(gate_step),
             after_gate=_names(after_gate),
+            gates=tuple(gate or ()),
+            fewer_steps=tuple(map(int, _names(fewer_steps))),
             backends=_names(backend),
             beside=_names(beside),
             drawing=Drawing(tuple(prompt or ()), steps=steps, seed=seed, guidance_scale=guidance_scale, scheduler=scheduler),

@@ -33,6 +33,13 @@ def generate(
             "[default: negative]"
         ),
     ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A whole gate, such as 10,sp=5,warm=2 or 7,after=positive,forecast=2 or drop=10, or the name of one that the bundle "
+            "holds, such as tuned. Repeat the option to compare."
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Scale of classifier-free guidance; 1 for none. [default: the model's own]")
     ] = None,
@@ -72,6 +79,7 @@ def generate(
             drawing,
             gate_steps=gate_step or (),
             after_gate=after_gate or (DEFAULT_AFTER_GATE,),
+            gates=gate or (),
             batch_size=images,
             backend=backend,
             threads=threads,

@@ -19,9 +19,10 @@ from tgate_trt.bundle.manifest import graph_file
 from tgate_trt.errors import InputError
 from tgate_trt.export.macs import macs_of_graph
 from tgate_trt.gate.actions import substitute, work_of
-from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE, after_gate_of
+from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
 from tgate_trt.gate.denoiser import GatedDenoiser, LatestRun
-from tgate_trt.gate.schedule import NONE, GateStep, check_gate_step, noise_of, parse_gate_step, planning_steps
+from tgate_trt.gate.gate import Gate
+from tgate_trt.gate.schedule import NONE, check_gate_step, noise_of, parse_gate_step, planning_steps
 from tgate_trt.running.pipeline import load
 
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -168,8 +169,7 @@ class Column:
     """One for each prompt of the drawing."""
     seconds: float
     """Time of all pictures, after one warm-up and without loading."""
-    gate_step: GateStep
-    after_gate: str
+    gate: Gate
     steps: int
     """Of the run of each picture."""
     planning_steps: int
@@ -184,6 +184,7 @@ def draw_columns(
     *,
     gate_steps: Sequence[str] = (),
     after_gate: Sequence[str] = (DEFAULT_AFTER_GATE,),
+    gates: Sequence[str] = (),
     batch_size: int = 1,
     backend: str | None = None,
     threads: int | None = None,
@@ -193,8 +194,9 @@ def draw_columns(
     Args:
         bundle: folder of a bundle.
         drawing: the pictures.
-        gate_steps: as the commands take them; the bundle's own if empty.
+        gate_steps: as the commands take them; the bundle's own if empty and there are no ``gates``.
         after_gate: keys of `tgate_trt.gate.after_gate.AFTER_GATE`, each combined with every gate step.
+        gates: further ones in text form, or by their names in the bundle.
         batch_size: pictures in one call of the pipeline.
         backend: see `tgate_trt.load`.
         threads: see `tgate_trt.load`.
@@ -206,18 +208,20 @@ def draw_columns(
     opened = Bundle.open(bundle)
     drawing = drawing.of(opened)
     assert drawing.steps is not None
-    gates = [check_gate_step(parse_gate_step(text)) for text in gate_steps] or [opened.manifest.default_gate_step]
-    for gate_step in gates:
-        if noise_of(gate_step) is None:
-            planning_steps(gate_step, drawing.steps)
-    for mode in after_gate:
-        after_gate_of(mode)
-    pipeline = prepare(load(opened, backend=backend, threads=threads), drawing.scheduler)
+    steps = [check_gate_step(parse_gate_step(text)) for text in gate_steps]
+    steps = steps or ([] if gates else [opened.manifest.default_gate_step])
+    ways = [Gate(step, mode) for step in steps for mode in (after_gate if step != NONE else after_gate[:1])]
+    ways += [opened.manifest.gate(text) for text in gates]
+    for gate in ways:
+        if noise_of(gate.boundary) is None:
+            planning_steps(gate.boundary, drawing.steps)
+    pipeline = prepare(load(opened, gate=ways[0], backend=backend, threads=threads), drawing.scheduler)
     _refuse_what_cannot_draw(pipeline, drawing.steps)
     denoiser, batches = getattr(pipeline, opened.manifest.model.attribute), list(drawing.batches(batch_size))
-    ways = [(gate_step, mode) for gate_step in gates for mode in (after_gate if gate_step != NONE else after_gate[:1])]
+    for gate in ways:
+        denoiser.gate = gate  # refuses one for which the bundle has no engines, before anything is drawn
     count = _counter(opened) if len(ways) > 1 else None
-    return [_column(pipeline, denoiser, batches, gate_step, mode, count) for gate_step, mode in ways]
+    return [_column(pipeline, denoiser, batches, gate, count) for gate in ways]
 
 
 def _refuse_what_cannot_draw(pipeline: Any, steps: int) -> None:
@@ -235,19 +239,17 @@ def _refuse_what_cannot_draw(pipeline: Any, steps: int) -> None:
         raise InputError(f"{type(pipeline.scheduler).__name__} has {most} steps at most, got {steps}; choose fewer steps")
 
 
-def _column(
-    pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], gate_step: GateStep, after_gate: str, count: Count | None
-) -> Column:
-    """Draw every batch with one gate, after a run of two steps that warms up both engines."""
-    denoiser.after_gate = after_gate
-    denoiser.gate_step = gate_step if gate_step == NONE else 1
-    draw(pipeline, replace(batches[0], steps=2))
-    denoiser.gate_step = gate_step
+def _column(pipeline: Any, denoiser: GatedDenoiser, batches: Sequence[Drawing], gate: Gate, count: Count | None) -> Column:
+    """Draw every batch with one gate, after a run that warms up its engines: of two steps, if the gate is a step and nothing else."""
+    is_plain = gate == Gate(gate.step, gate.after)
+    denoiser.gate = gate if gate.step == NONE or not is_plain else Gate(1, gate.after)
+    draw(pipeline, replace(batches[0], steps=2) if is_plain else batches[0])
+    denoiser.gate = gate
     start = time.perf_counter()
     pictures = tuple(picture for batch in batches for picture in draw(pipeline, batch))
     seconds, run = time.perf_counter() - start, denoiser.latest_run
-    label, work = label_of(gate_step, after_gate), None if count is None else _work(run, count)
-    return Column(label, pictures, seconds, gate_step, after_gate, run.schedule.steps, run.schedule.gate_step, work)
+    label, work = label_of(gate), None if count is None else _work(run, count)
+    return Column(label, pictures, seconds, gate, run.schedule.steps, run.schedule.gate_step, work)
 
 
 Count = Callable[[str, int], int]
@@ -272,9 +274,11 @@ def _work(run: LatestRun, count: Count) -> float:
     return work_of(run.actions, 1, guided=run.guided, count=count) / whole
 
 
-def label_of(gate_step: GateStep, after_gate: str) -> str:
+def label_of(gate: Gate) -> str:
     """The label of a gate; it names what follows the gate unless that is the default."""
-    if gate_step == NONE:
+    if gate == Gate(after=gate.after):
         return "vanilla"
-    gate = f"gate step {gate_step}" if noise_of(gate_step) is None else f"gate {gate_step}"
-    return gate + ("" if after_gate == DEFAULT_AFTER_GATE else f", {after_gate}")
+    if gate != Gate(gate.step, gate.after):
+        return f"gate {gate}"
+    step = f"gate step {gate.step}" if noise_of(gate.step) is None else f"gate {gate.step}"
+    return step + ("" if gate.mode == DEFAULT_AFTER_GATE else f", {gate.mode}")

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tgate_trt.errors import InputError
 from tgate_trt.files import replacing
+from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.schedule import NONE
 from tgate_trt.running.drawing import Column, Drawing
 
@@ -83,7 +84,7 @@ def _settings(drawing: Drawing, columns: Sequence[Column], indices: Sequence[int
     """What a file shows, as JSON: the settings of the drawing, and prompts, seeds and gates of its pictures."""
     common = {name: value for name, value in vars(drawing).items() if name not in ("prompts", "seed") and value is not None}
     pictures = [{"prompt": drawing.prompts[index], "seed": drawing.seed + index} for index in indices]
-    gates = [{"gate_step": column.gate_step, "after_gate": column.after_gate} for column in columns]
+    gates = [{"gate_step": column.gate.boundary, "after_gate": column.gate.mode, "gate": str(column.gate)} for column in columns]
     return json.dumps({"software": f"tgate-trt {metadata.version('tgate-trt')}", **common, "pictures": pictures, "gates": gates})
 
 
@@ -115,12 +116,13 @@ def sheet(columns: Sequence[Column], captions: Sequence[str]) -> Image.Image:
 
 
 def _title(column: Column) -> str:
-    return column.label if column.gate_step == NONE else f"T-GATE, {column.label}"
+    is_plain = column.gate.step != NONE and column.gate == Gate(column.gate.step, column.gate.after)
+    return f"T-GATE, {column.label}" if is_plain else column.label
 
 
 def _in_words(column: Column) -> str:
     """What the gate means, in a line."""
-    where = f"all {column.steps}" if column.gate_step == NONE else f"the first {column.planning_steps} of {column.steps}"
+    where = f"all {column.steps}" if column.gate.boundary == NONE else f"the first {column.planning_steps} of {column.steps}"
     return f"text and guidance in {where} steps"
 
 

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from tgate_trt.errors import InputError
+from tgate_trt.gate.gate import Gate
 from tgate_trt.running.drawing import Column, Drawing
 from tgate_trt.running.sheet import FORMATS, _in_words, _time, _work, check_output, save, sheet
 
 
 def columns_of(count: int) -> list[Column]:
     pictures = tuple(Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(count))
-    return [Column("gate step 2", pictures, 1.0, 2, "negative", steps=4, planning_steps=2)]
+    return [Column("gate step 2", pictures, 1.0, Gate(2), steps=4, planning_steps=2)]
 
 
 @pytest.mark.parametrize(("suffix", "kind"), FORMATS.items())
@@ -30,7 +31,7 @@ def test_every_kind_of_file_has_its_settings(suffix: str, kind: str, count: int,
     settings = json.loads(text)
     assert settings["pictures"] == [{"prompt": f"prompt {index} ×", "seed": 7 + index} for index in range(count)]
     assert (settings["negative_prompt"], settings["steps"], settings["scheduler"]) == ("blur", 4, "ddim")
-    assert settings["gates"] == [{"gate_step": 2, "after_gate": "negative"}]
+    assert settings["gates"] == [{"gate_step": 2, "after_gate": "negative", "gate": "2"}]
 
 
 def test_a_folder_has_a_file_for_each_picture(tmp_path: Path) -> None:
@@ -48,8 +49,8 @@ def test_a_place_that_takes_no_pictures_is_refused_before_drawing(name: str, tmp
         check_output(tmp_path / name)
 
 
-VANILLA = Column("vanilla", (Image.new("RGB", (64, 64), "red"),) * 2, 2.0, "none", "negative", steps=25, planning_steps=25, work=1.0)
-GATED = Column("gate noise:1.35", (Image.new("RGB", (64, 64), "blue"),) * 2, 1.5, "noise:1.35", "negative", 25, 10, 0.675)
+VANILLA = Column("vanilla", (Image.new("RGB", (64, 64), "red"),) * 2, 2.0, Gate(), steps=25, planning_steps=25, work=1.0)
+GATED = Column("gate noise:1.35", (Image.new("RGB", (64, 64), "blue"),) * 2, 1.5, Gate("noise:1.35"), 25, 10, 0.675)
 
 
 def test_a_sheet_has_large_smooth_pictures() -> None:
@@ -58,12 +59,12 @@ def test_a_sheet_has_large_smooth_pictures() -> None:
         assert (pixels == colour).all(-1).sum() == 2 * 256 * 256
     edge = Image.new("L", (64, 64), 0)
     edge.paste(255, (32, 0, 64, 64))
-    smooth = np.asarray(sheet([Column("x", (edge.convert("RGB"),), 1.0, "none", "negative", 4, 4)], ("x",)))
+    smooth = np.asarray(sheet([Column("x", (edge.convert("RGB"),), 1.0, Gate(), 4, 4)], ("x",)))
     assert ((smooth > 40) & (smooth < 215)).sum() > 256, "pixels between the two sides of the edge"
 
 
 def test_a_large_picture_keeps_its_size() -> None:
-    large = Column("x", (Image.new("RGB", (320, 512), "red"),), 1.0, "none", "negative", 4, 4)
+    large = Column("x", (Image.new("RGB", (320, 512), "red"),), 1.0, Gate(), 4, 4)
     assert (np.asarray(sheet([large], ("x",))) == (255, 0, 0)).all(-1).sum() == 320 * 512
 
 
