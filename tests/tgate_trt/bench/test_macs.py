@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tgate_trt.bench.macs import PUBLISHED, ModelCost, cost_of, macs_of_picture
+from tgate_trt.bench.macs import FURTHER, PUBLISHED, UNMET, ModelCost, cost_of, macs_of_picture
 from tgate_trt.export.macs import Macs
 from tgate_trt.models.resolve import resolve
 
@@ -25,7 +25,7 @@ def sd15() -> ModelCost:
 def test_pictures_take_what_the_paper_says(sd15: ModelCost) -> None:
     """The paper's table 1, within a tenth of a percent."""
     assert (sd15.height, sd15.width, sd15.text_tokens, sd15.guided) == (512, 512, 77, True)
-    gated = {row.planning_steps: row for row in sd15.pictures() if row.method != "cfg-drop"}
+    gated = {row.planning_steps: row for row in sd15.pictures() if row.method in ("vanilla", "T-GATE")}
     assert {steps: row.published for steps, row in gated.items()} == PUBLISHED["sd15"]
     for row in gated.values():
         assert row.deviation is not None
@@ -53,7 +53,16 @@ def test_parameters_are_those_of_the_state_dict(sd15: ModelCost) -> None:
     assert held.without_cross_attention == 815_558_404
 
 
+def test_further_methods_are_counted_on_the_graphs_that_they_run(sd15: ModelCost) -> None:
+    costs = {row.method: row.macs.linear for row in sd15.further}
+    assert list(costs) == [*FURTHER, UNMET[0]]
+    gated = {row.planning_steps: row.macs.linear for row in sd15.pictures() if row.method == "T-GATE"}
+    assert costs["10,sp=5,warm=2"] < gated[10] and costs["5,sp=3,warm=1"] < gated[5]
+    assert costs[UNMET[0]] < costs["none,deep=3,branch=1"] < sd15.steps * sd15.vanilla.linear / 2
+    assert all(row.published is None for row in sd15.further), "the paper has figures of SDXL"
+
+
 def test_without_guidance_there_is_no_half_to_drop(sd15: ModelCost) -> None:
-    lcm = dataclasses.replace(sd15, model="lcm-sdxl", steps=4, guided=False, vanilla=sd15.single, planning=sd15.single)
+    lcm = dataclasses.replace(sd15, model="lcm-sdxl", steps=4, guided=False, further=(), vanilla=sd15.single, planning=sd15.single)
     assert [(row.method, row.planning_steps) for row in lcm.pictures()] == [("vanilla", 4), ("T-GATE", 1), ("T-GATE", 2)]
     assert [row.published for row in lcm.pictures()] == [PUBLISHED["lcm-sdxl"][steps] for steps in (4, 1, 2)]
