@@ -176,9 +176,9 @@ def _macs(record: Mapping[str, Any]) -> Iterator[Table]:
         "with attention's products": lambda row: f"{(row['macs']['linear'] + row['macs']['sdpa']) / 1e12:,.3f}",
     }
     note = (
-        "Linear and convolution layers, counted on the nodes of the cut graphs; the last column adds QKᵀ and AV. The paper names neither the "
-        "warm-up of self-attention reuse nor DeepCache's branch: these give its figures. With that branch, no row of a gate at 5 or 10 gives "
-        "its figure of DeepCache with T-GATE."
+        "Linear and convolution layers, counted on the nodes of the cut graphs; the last column adds QKᵀ and AV. The paper names neither "
+        "the warm-up of self-attention reuse nor DeepCache's branch: these give its figures. With that branch, no row of a gate at 5 or "
+        "10 gives its figure of DeepCache with T-GATE."
     )
     pictures = [cost | picture for cost in models for picture in cost["pictures"]]
     yield _table("Multiply-accumulates of one picture", pictures, columns, (note,))

@@ -24,6 +24,10 @@ app = application()
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that tgate-build made.")],
     full: Annotated[bool, typer.Option("--full", help="Hash every file, whatever was found before.")] = False,
+    gate: Annotated[
+        str | None, typer.Option(help="Show what each step of a run by this gate does, such as 10,sp=5,warm=2, and what it takes.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of that run. [default: the model's own]")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare each engine that runs here with eager PyTorch, and keep the result.")
     ] = False,
@@ -38,6 +42,9 @@ def inspect(
         from tgate_trt.bundle.bundle import Bundle
 
         opened = Bundle.open(bundle, full=full)
+        if gate is not None:
+            _show_row(opened, gate, steps)
+            return
         if verify:
             from tgate_trt.building.engine_verification import verify_again
 
@@ -67,6 +74,7 @@ def _summary(bundle: Bundle) -> Table:
         "draws": _draws(bundle),
         "predicts": _predicts(bundle),
         "defaults": f"{manifest.steps} steps, gate step {_gate(manifest)}, guidance {manifest.guidance_scale}",
+        **({"gates": ", ".join(f"{name} is {text}" for name, text in manifest.gates.items())} if manifest.gates else {}),
         **({"LoRAs": ", ".join(f"{held.name} ({held.scale:g})" for held in manifest.lora)} if manifest.lora else {}),
         **{f"{backend} engines": _engines(engines) for backend, engines in manifest.engines.items()},
         "on disk": f"{sum(file.size for file in manifest.files.values()):,} bytes in {len(manifest.files)} files",
@@ -109,6 +117,19 @@ def _engines(engines: EngineSet) -> str:
             facts.append(name.replace("_", " ") + ("" if value is True else f" {shown}"))
     facts += [f"{package} {version}" for package, version in engines.built_with.items()]
     return ", ".join(engines.files) + (f" ({'; '.join(facts)})" if facts else "")
+
+
+def _show_row(bundle: Bundle, text: str, steps: int | None) -> None:
+    """Print what a run by a gate does, and how to add what the bundle lacks for it."""
+    from tgate_trt.cli.strip import strip_of
+    from tgate_trt.running.row import row_of
+
+    row = row_of(bundle, bundle.manifest.gate(text), steps)
+    for line in strip_of(row):
+        console.print(line)
+    if row.missing:
+        build = f"tgate-build --model {bundle.manifest.model.reference.model} --output {bundle.folder} --gate {row.gate}"
+        console.print(f"[yellow]this bundle lacks[/] {', '.join(row.missing)}; add them with {build}")
 
 
 def _engines_verified(manifest: Manifest) -> Iterator[str]:
