@@ -18,6 +18,7 @@ from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.errors import GateError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.gate.denoiser import GatedDenoiser
+from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.gate.scheduler import levels_of_run
 from tgate_trt.running.drawing import Drawing, draw, prepare, to_bytes
@@ -77,9 +78,9 @@ class Subject:
         """The pictures with the planning graph at every step, ``[pictures, 3, height, width]``, uint8."""
         return self.draw(NONE)
 
-    def draw(self, gate_step: GateStep) -> Tensor:
+    def draw(self, gate: Gate | GateStep) -> Tensor:
         """Draw every picture with a gate, ``[pictures, 3, height, width]``, uint8 on the CPU."""
-        self.gated.gate_step = gate_step
+        self.gated.gate = gate
         batches = self.drawing.batches(self.batch_size)
         return torch.cat([to_bytes(draw(self.pipeline, batch, output_type="pt")) for batch in batches])
 
@@ -89,7 +90,7 @@ class Subject:
 
     def warm_up(self, prompt: str) -> None:
         """Run the denoiser for two steps, vanilla, with the guidance of the pictures."""
-        self.gated.gate_step = NONE
+        self.gated.gate = NONE
         draw(self.pipeline, replace(self.drawing, prompts=(prompt,), steps=2), output_type="latent")
 
     def run(self, progress: Callable[[], None]) -> None:

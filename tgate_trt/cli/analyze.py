@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from tgate_trt.cli import tune
 from tgate_trt.cli.common import Verbose, application, command_line, console, reporting
 
 app = application()
@@ -44,6 +46,8 @@ def analyze(
     The suggested gate step of the demo model, whose pictures a program can read, is the smallest from which on accuracy is not
     significantly below vanilla's (one-sided sign test at 5 %). That of any other model is the smallest at which the relative change of
     cross-attention, averaged over three steps, has fallen to half of its highest value so far.
+
+    `tgate-analyze tune BUNDLE` finds the gate nearest to vanilla within a budget of time; see its own `--help`.
 
     For example: `tgate-analyze bundles/shapes-64x64-fp32`
     """
@@ -92,5 +96,7 @@ def _summary(record: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command, or ``tgate-analyze tune``."""
+    if sys.argv[1:2] == ["tune"]:
+        tune.app(sys.argv[2:], prog_name="tgate-analyze tune")
     app()

@@ -315,6 +315,14 @@ class GatedDenoiser(StandIn):
 
         return Transformer2DModelOutput(sample=prediction)
 
+    def engine_of(self, graph: str) -> Engine:
+        """The engine that runs a graph, or its substitute.
+
+        Raises:
+            InputError: if there is neither.
+        """
+        return self._engine(graph, self.gate)
+
     def serves(self, pipeline: Any) -> bool:
         """Whether this is the pipeline whose scheduler and guidance the denoiser reads."""
         return self._pipeline() is pipeline
