@@ -13,7 +13,7 @@ PICTURES := --prompt "a large red circle at the top right on a white background"
   --prompt "a large blue triangle at the center on a black background" \
   --prompt "a small purple cross at the top left on a black background"
 
-.PHONY: help setup demo test check bench bench-demo bench-sd15 bench-models bench-gpu clean
+.PHONY: help setup demo test check bench bench-demo bench-rows bench-sd15 bench-models bench-gpu clean
 
 help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
@@ -70,7 +70,7 @@ MEND_STUBS := 's/\bin: /in_: /; s/(channel_axis: [a-zA-Z_.]+)(\) -> IScaleLayer)
 	printf 'from tensorrt_rtx_bindings.tensorrt_rtx import *\n__version__: str\n' > $@/tensorrt/__init__.pyi
 
 # Each file of results names the command that made it. Each of the three takes the better part of an hour, or more than one.
-bench: bench-demo bench-models bench-sd15
+bench: bench-demo bench-rows bench-models bench-sd15
 
 RESULTS := docs/results
 results = --json $(RESULTS)/$(1).json --markdown $(RESULTS)/$(1).md
@@ -92,6 +92,24 @@ bench-demo: $(READY)
 	$(BIN)/tgate-bench steps bundles/bench-shapes --backend onnxruntime,pytorch $(call results,steps)
 	$(BIN)/tgate-bench kernels bundles/bench-shapes $(call results,kernels)
 	$(BIN)/tgate-bench probe $(call results,probe)
+
+# Every method, their combinations, and vanilla in fewer steps.
+ROW_GATES := 10 5 10,after=positive 10,sp=5,warm=2 none,deep=2 none,deep=3 10,deep=3 drop=10 10,unguided=2 \
+  none,forecast=2 none,forecast=3,rule=chebyshev 10,after=positive,forecast=2 7,after=positive,forecast=2 5,after=positive,forecast=2 \
+  5,after=fading,forecast=2 none,deep=3,forecast=3,rule=chebyshev none,deep=3,forecast=3,unguided=1 none,deep=2,unguided=1
+REUSES := --gate 10,sp=5,warm=2 --gate 10,deep=3
+
+bench-rows: $(READY)
+	$(BIN)/tgate-build --model shapes --output bundles/bench-rows --graphs vanilla,planning,fidelity $(REUSES)
+	$(BIN)/tgate-bench run bundles/bench-rows $(ROW_GATES:%=--gate %) --fewer-steps 8,10,12,15,18 --rounds 10 --quality --samples 102 --no-memory \
+	  $(call results,rows-shapes) --plot $(RESULTS)/rows-shapes.png
+	rm -f $(RESULTS)/tuning-shapes.json
+	$(BIN)/tgate-analyze tune bundles/bench-rows --budget 0.5 --scheduler dpm++ --json $(RESULTS)/tuning-shapes.json \
+	  --plot $(RESULTS)/tuning-shapes.png
+	$(BIN)/tgate-build --model sd15 --random-weights --height 256 --width 256 --output bundles/bench-rows-sd15 --no-verify --no-components \
+	  --graphs vanilla,planning,fidelity --gate none,deep=3
+	$(BIN)/tgate-bench run bundles/bench-rows-sd15 --gate 7,after=positive,forecast=2 --gate none,deep=3,forecast=3,unguided=1 \
+	  --gate 5,after=positive,forecast=2 --rounds 2 --no-memory $(call results,rows-sd15)
 
 # `tgate-bench growth` would continue from the file of its last run: without it, all is measured anew.
 bench-models: $(READY)

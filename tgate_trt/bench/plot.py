@@ -19,6 +19,7 @@ _PHASES = {
     "planning step": ("planning steps", BLUE),
     "fidelity step": ("fidelity steps", GREEN),
     "hand-off": ("hand-off", VERMILION),
+    "forecast": ("forecasts", "0.3"),
     "text encoding": ("text encoding", PURPLE),
     "VAE": ("VAE", ORANGE),
     "outside": ("outside the models", GRAY),
@@ -42,7 +43,9 @@ def _pictures(record: Record, path: Path) -> None:
     with drawing(path, 13 if quality else 8, 1.6 + 0.42 * len(settings)) as figure:
         panels = figure.subplots(1, 2, squeeze=False, width_ratios=(3, 2))[0] if quality else [figure.subplots()]
         _bars(panels[0], settings)
-        if quality:
+        if quality and any(row["setting"].get("text") for row in settings.values()):
+            _against_distance(panels[1], settings, quality)
+        elif quality:
             _against_quality(panels[1], settings, quality)
 
 
@@ -84,6 +87,29 @@ def _against_quality(axes: Any, settings: Mapping[str, Any], quality: Mapping[st
     axes.set_xlabel("seconds, median; beside each point, its gate step")
     axes.set_ylabel("pictures with every attribute right" if semantic else "perceptual distance to vanilla")
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _against_distance(axes: Any, settings: Mapping[str, Any], quality: Mapping[str, Any]) -> None:
+    """The share of vanilla's time against the distance to its pictures: a point a setting, and the curve of the best."""
+    points = []
+    for name, row in quality.items():
+        if row["likeness"] is None:
+            continue
+        share, (middle, low, high) = settings[name]["denoising_ratio"]["median"], _of_distance(row)
+        colour = ORANGE if settings[name]["setting"]["steps"] else BLUE if settings[name]["setting"]["text"] else GRAY
+        axes.errorbar(share, middle, yerr=[[middle - low], [high - middle]], fmt="o", capsize=2, markersize=4, color=colour)
+        axes.annotate(f" {name.partition(',  ')[0]}", (share, middle), fontsize=6, rotation=25)
+        points.append((share, middle))
+    best, least = [], float("inf")
+    for share, distance in sorted(points):
+        if distance < least:
+            best.append((share, distance))
+            least = distance
+    axes.step(*zip(*best, strict=True), where="post", color=VERMILION, linewidth=1, label="nearest in that time")
+    axes.set_xlabel("time of the denoising loop over vanilla's")
+    axes.set_ylabel("perceptual distance to vanilla")
+    axes.set_xlim(right=1.15)
+    axes.legend(loc="upper right")
 
 
 def _of_semantics(row: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -175,6 +175,32 @@ def test_pictures_are_those_of_a_loaded_pipeline_whatever_is_timed_and_kept(bund
             assert not torch.equal(drawn[1], expected) and not torch.equal(drawn[2], expected)
 
 
+def test_whole_gates_stand_beside_vanilla_in_fewer_steps(run: Run, bundle: Path, tmp_path: Path) -> None:
+    """Graphs that a gate needs are added; work is that of the row, and the figure has a point for each."""
+    gates = ("2,after=positive,forecast=2", "none,deep=2", "drop=0.5")
+    done = run(
+        *(app, "run", bundle, *(part for gate in gates for part in ("--gate", gate)), "--fewer-steps", "3", "--steps", "5"),
+        *("--rounds", "1", "--backend", "onnxruntime", "--quality", "--samples", "2", "--scheduler", "ddim", "--no-memory"),
+        *("--json", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--markdown", tmp_path / "a.md"),
+    )
+    assert done.exit_code == 0, done.output
+    results = files.read(tmp_path / "a.json")["results"]
+    settings = results["settings"]
+    assert list(settings) == ["vanilla", gates[0], gates[1], "drop=0.5", "vanilla in 3 steps"]
+    assert settings["vanilla in 3 steps"]["bound"]["linear"] == pytest.approx(3 / 5)
+    assert settings["drop=0.5"]["bound"]["linear"] == pytest.approx((3 + 2 / 2) / 5)
+    assert {name: settings[gates[0]]["calls"][name] for name in ("planning step", "fidelity step", "forecast", "hand-off")} == {
+        "planning step": 2,
+        "fidelity step": 2,
+        "forecast": 1,
+        "hand-off": 1,
+    }
+    assert 0.4 < settings[gates[1]]["bound"]["linear"] < 0.8
+    assert results["quality"][gates[1]]["likeness"]["identical"] == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert set(Bundle.open(bundle).manifest.graphs) >= {"keep-deep0", "reuse-deep0"}
+
+
 def test_what_compilers_say_needs_no_gpu(run: Run, bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     done = run(app, "kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
