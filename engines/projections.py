@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.eager import tapped_modules
+from tgate_trt.eager import attention_modules
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 _JOINT = ("to_qkv", "to_kv")
@@ -47,7 +47,7 @@ def fuse_projections(denoiser: nn.Module) -> None:
     """Let each attention compute in one product the projections whose weights lie one after the other: of self-attention all three."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 
-    for _, module in tapped_modules(denoiser):
+    for _, module in attention_modules(denoiser):
         if type(module) is not Attention or type(module.processor) not in (AttnProcessor2_0, FusedAttnProcessor2_0):
             continue
         names = _PROJECTIONS[1:] if module.is_cross_attention else _PROJECTIONS
@@ -60,7 +60,7 @@ def fuse_projections(denoiser: nn.Module) -> None:
 
 def separate_projections(denoiser: nn.Module) -> None:
     """Undo `fuse_projections`, which holds the weights."""
-    for _, module in tapped_modules(denoiser):
+    for _, module in attention_modules(denoiser):
         for name in _JOINT:
             module.__dict__.pop(name, None)
 

@@ -88,6 +88,8 @@ class PyTorchEngine:
                 f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}; build the bundle again"
             ) from error
         self._denoiser = architecture.eval().requires_grad_(False)
+        self._owners = dict(architecture.named_modules())
+        """Every module by its path in the whole denoiser: what a cut leaves has other paths."""
         fuse_projections(self._denoiser)
         fuses = device.type == "cuda" if self._options.fuse_modules is None else self._options.fuse_modules
         if fuses:
@@ -129,7 +131,9 @@ class PyTorchEngine:
             own = self._own(weights)
             state = {name: self._weights[name] for name in self._replaced} | own
             self.unload()  # a captured graph reads the old weights
-            self._denoiser.load_state_dict(state, strict=False, assign=True)
+            for name, tensor in state.items():
+                owner, _, parameter = name.rpartition(".")
+                self._owners[owner].load_state_dict({parameter: tensor}, strict=False, assign=True)
             fuse_projections(self._denoiser.requires_grad_(False))
             self._replaced = set(own)
 
@@ -144,7 +148,7 @@ class PyTorchEngine:
         self.unload()
         separate_projections(self._denoiser)
         self._denoiser.to("meta")
-        self._weights = {}
+        self._weights, self._owners = {}, {}
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[None]:

@@ -68,6 +68,8 @@ def application(line: str) -> tuple[typer.Typer, list[str]]:
         app = typer.Typer()
         app.command()(module.main)
         return app, arguments[2:]
+    if (name, arguments[:1]) == ("tgate-analyze", ["tune"]):
+        return importlib.import_module("tgate_trt.cli.tune").app, arguments[1:]
     return importlib.import_module(f"tgate_trt.cli.{name.removeprefix('tgate-')}").app, arguments
 
 

@@ -75,12 +75,17 @@ def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor
     return prediction
 
 
-def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each tap's name, and the module whose output it is."""
+def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each attention's tap, and its module."""
     for path, module in denoiser.named_modules():
         tap = tap_of(path, tuple(TAPPED_MODULES))
         if tap is not None:
             yield tap, module
+
+
+def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each tap's name, and the module whose output it is."""
+    yield from attention_modules(denoiser)
     for branch, path in enumerate(deep_paths(denoiser)):
         yield f"{deep_features(branch)}.{path}", denoiser.get_submodule(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .conftest import StandIn
 from .stand_in.tensorrt import write_plan
 
 GRAPHS = ("planning", "fidelity", "vanilla")
+GATES = ("4,sp=2,fi=2,warm=1", "3,deep=2")
 CAPTION = "a large red circle at the top right on a white background"
 
 
@@ -31,13 +33,15 @@ CAPTION = "a large red circle at the top right on a white background"
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of the demo model, one or two images a run. Read only."""
     folder = tmp_path_factory.mktemp("bundles") / "shapes"
-    return tgate_trt.build("shapes", folder, graphs=GRAPHS, batch_size="1:1:2", components=False, verify=False)
+    return tgate_trt.build("shapes", folder, graphs=GRAPHS, gates=GATES, batch_size="1:1:2", components=False, verify=False)
 
 
-def engines_of(bundle: Bundle, stand_in: StandIn, folder: Path, weights: SharedWeights | None, **plan: Any) -> dict[str, TensorRTEngine]:
+def engines_of(
+    bundle: Bundle, stand_in: StandIn, folder: Path, weights: SharedWeights | None, graphs: Iterable[str] = GRAPHS, **plan: Any
+) -> dict[str, TensorRTEngine]:
     """An engine of each graph, which hold their weights or take them as inputs."""
     made = {}
-    for name in GRAPHS:
+    for name in graphs:
         graph, spec = bundle.folder / graph_file(name), bundle.graph(name)
         if weights is not None:
             model = ir.load(graph)
@@ -75,6 +79,20 @@ def test_gated_pictures_are_those_of_onnx_runtime(weights: str, bundle: Bundle, 
         torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
     assert (stand_in.cuda.replayed > 0) == (not stand_in.flavour.captures_graphs)
     assert all(context.runs for context in stand_in.contexts)
+
+
+def test_taps_that_are_kept_and_reused_stay_where_they_are(bundle: Bundle, stand_in: StandIn, tmp_path: Path) -> None:
+    """Self-attention reuse, DeepCache and forecasts: an engine writes what another one reads, under captured graphs."""
+    pipeline: Any = tgate_trt.load(bundle, backend="onnxruntime", threads=1)
+    theirs, replaces = pipeline.unet, pipeline.unet.replaces
+    held = SharedWeights([bundle.folder / WEIGHTS_FILE], torch.device("cpu"))
+    ours = GatedDenoiser(pipeline, replaces, engines_of(bundle, stand_in, tmp_path, held, bundle.manifest.graphs), gate="none")
+    for gate in (*GATES, "2,after=fading,forecast=2", *GATES):
+        drawn = []
+        for denoiser in (theirs, ours):
+            pipeline.unet, denoiser.gate = denoiser, gate
+            drawn.append(draw(pipeline, 1, steps=8))
+        torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
 
 
 def test_low_memory_holds_one_engine_at_a_time(bundle: Bundle, stand_in: StandIn, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
-from tgate_trt.eager import run_recipe, tapped_modules
+from tgate_trt.eager import attention_modules, run_recipe
 from tgate_trt.engines.projections import arranged, is_arranged
 from tgate_trt.engines.pytorch import PyTorchEngine
 from tgate_trt.export.verify import relative_error
@@ -30,7 +30,7 @@ def engine_of(folder: Path, graph: str, weights: dict[str, Tensor]) -> PyTorchEn
 
 
 def processors(engine: PyTorchEngine) -> set[type]:
-    return {type(module.processor) for _, module in tapped_modules(engine._denoiser)}
+    return {type(module.processor) for _, module in attention_modules(engine._denoiser)}
 
 
 def test_values_names_and_shapes_stay(folder: Path) -> None:

@@ -114,6 +114,26 @@ def test_a_cut_equals_the_eager_model(folder: Path, graph: str, fuse: bool) -> N
         assert {name: tensor.data_ptr() for name, tensor in outputs.items()} == addresses
 
 
+@pytest.mark.parametrize("graph", ["fidelity", "reuse-deep0", "reuse-deep3", "keep-deep0"])
+def test_weights_are_exchanged_in_what_a_cut_leaves(folder: Path, graph: str) -> None:
+    """Layers of a UNet's upper part have other places in it than in the whole; another weight reaches its own."""
+    engine, denoiser = engine_of(folder, graph), eager(folder)
+    original = weights_of(folder)
+    inputs, everything = case(folder, engine.spec, 2)
+    changed = {
+        name: tensor * 1.5
+        for name, tensor in original.items()
+        if name.startswith("up_blocks.") and name.endswith(("conv1.weight", "to_q.weight"))
+    }
+    for weights in (changed, {}):
+        engine.replace_weights(weights)
+        denoiser.load_state_dict({**original, **weights})
+        outputs = poisoned(engine.spec, 2)
+        engine.run(inputs, outputs)
+        with torch.no_grad():
+            assert_equal(outputs, run_recipe(denoiser, recipe(graph), everything))
+
+
 def test_every_block_takes_its_cache_through_the_fused_op(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(folder, "fidelity")
     calls = []

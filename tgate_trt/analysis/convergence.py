@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tgate_trt.analysis.calls import Call, watching
 from tgate_trt.analysis.intervals import Band, band
-from tgate_trt.eager import tapped_modules
+from tgate_trt.eager import attention_modules
 from tgate_trt.errors import UnsupportedError
 from tgate_trt.taps import CROSS_ATTENTION, SELF_ATTENTION, kind_of
 
@@ -65,7 +65,7 @@ class Recording:
     """The result of `recording`. It holds, for each module, C at the previous step, and two numbers for each step and picture."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self.modules = dict(tapped_modules(denoiser))
+        self.modules = dict(attention_modules(denoiser))
         self._call: Call | None = None
         self._before: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
