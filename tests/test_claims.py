@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 
 from tgate_trt.gate.after_gate import DEFAULT_AFTER_GATE
@@ -212,7 +213,43 @@ def test_records_with_uncommitted_changes_are_named() -> None:
     assert not named
     for figure in FIGURES:
         changed = record(figure.record)["commit"].endswith("with changes")
-        assert changed == (figure.record == SD15), "the README has it so of the records of SD 1.5 alone"
+        assert changed == (figure.record == SD15), "docs/performance.md has it so of the record of SD 1.5"
+
+
+def test_only_forecasts_without_a_gate_beat_vanilla_in_fewer_steps() -> None:
+    """Beyond the intervals of the distances, at the same share of vanilla's time, between whose points lines are drawn."""
+    settings, quality = (record("rows-shapes.json")["results"][name] for name in ("settings", "quality"))
+    points = {
+        name: (row["denoising_ratio"]["median"], quality[name]["likeness"]["perceptual_distance"])
+        for name, row in settings.items()
+        if name != "vanilla"
+    }
+    fewer = sorted((share, distance["low"]) for name, (share, distance) in points.items() if settings[name]["setting"]["steps"])
+
+    def of_fewer_steps(share: float) -> float:
+        """The distance of vanilla in so much of its time."""
+        return float(numpy.interp(share, [at for at, _ in fewer], [low for _, low in fewer]))
+
+    rows = {name: point for name, point in points.items() if settings[name]["setting"]["text"]}
+    assert len(rows) > 15
+    assert [name for name, (share, distance) in rows.items() if distance["high"] < of_fewer_steps(share)] == ["none,forecast=2"]
+
+
+def test_the_table_of_rows_is_that_of_its_record() -> None:
+    settings, quality = (record("rows-shapes.json")["results"][name] for name in ("settings", "quality"))
+    shown = {cells[0].strip("`"): cells[1:] for cells in rows_of(page("docs/rows.md"), "row")[1:]}
+    assert list(shown) == list(settings)
+    for name, (time, work, right, distance) in shown.items():
+        overall, likeness = quality[name]["semantics"]["overall"], quality[name]["likeness"]
+        low, high = (f"{100 * end:.0f}" for end in overall["interval"])
+        assert time == f"{settings[name]['denoising_ratio']['median']:.2f}" and work == f"{settings[name]['bound']['linear']:.2f}"
+        assert right == f"{100 * overall['fraction']:.0f} % ({low}–{high})"
+        assert distance == ("–" if likeness is None else f"{likeness['perceptual_distance']['value']:.3f}")
+
+
+def _denoising(name: str, setting: str) -> float:
+    ratio: float = record(name)["results"]["settings"][setting]["denoising_ratio"]["median"]
+    return ratio
 
 
 def test_the_papers_finding_is_in_the_record() -> None:
@@ -421,6 +458,32 @@ PROSE: list[tuple[str, str, Callable[[], tuple[float, ...]]]] = [
         "limits",
         "({:.0f} ms against {:.0f} ms",
         lambda: tuple(1000.0 * _seconds(SHAPES, name) for name in ("torch.compile", "T-GATE g=10, pytorch")),
+    ),
+    (
+        "rows",
+        "the loop takes {:.2f} of vanilla's with 7,after=positive,forecast=2, {:.2f} with 5,after=positive,forecast=2 and {:.2f} with",
+        lambda: tuple(
+            _denoising("rows-times-shapes.json", row)
+            for row in ("7,after=positive,forecast=2", "5,after=positive,forecast=2", "none,deep=3,forecast=3,unguided=1")
+        ),
+    ),
+    (
+        "rows",
+        "its work: {:.2f} ({:.2f}) with 7,after=positive,forecast=2, {:.2f} ({:.2f}) with 5,after=positive,forecast=2, {:.2f} ({:.2f}) with",
+        lambda: tuple(
+            value
+            for row in ("7,after=positive,forecast=2", "5,after=positive,forecast=2", "none,deep=3,forecast=3,unguided=1")
+            for value in (_denoising("rows-sd15.json", row), record("rows-sd15.json")["results"]["settings"][row]["bound"]["linear"])
+        ),
+    ),
+    (
+        "rows",
+        "{:.0f} % of the time, {:.0f} of {:.0f} held-out captions right",
+        lambda: (
+            100 * record("tuning-shapes.json")["results"]["measured"]["median"],
+            record("tuning-shapes.json")["results"]["held_out"]["right"]["correct"],
+            record("tuning-shapes.json")["results"]["held_out"]["right"]["total"],
+        ),
     ),
     ("limits", "faster than both ({:.0f} ms)", lambda: (1000.0 * _seconds(SHAPES, "T-GATE g=10, onnxruntime"),)),
     ("limits", "{:.2f} GB against {:.2f} GB", lambda: (_host_memory("T-GATE g=10"), _host_memory("vanilla"))),
