@@ -469,7 +469,7 @@ PROSE: list[tuple[str, str, Callable[[], tuple[float, ...]]]] = [
     ),
     (
         "rows",
-        "its work: {:.2f} ({:.2f}) with 7,after=positive,forecast=2, {:.2f} ({:.2f}) with 5,after=positive,forecast=2, {:.2f} ({:.2f}) with",
+        "its work: {:.2f} ({:.2f}) with 7,after=positive,forecast=2, {:.2f} ({:.2f}) with 5,after=positive,forecast=2, {:.2f} ({:.2f})",
         lambda: tuple(
             value
             for row in ("7,after=positive,forecast=2", "5,after=positive,forecast=2", "none,deep=3,forecast=3,unguided=1")

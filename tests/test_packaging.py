@@ -23,6 +23,7 @@ def test_public_api() -> None:
         "BuildError",
         "Bundle",
         "BundleError",
+        "Gate",
         "GateError",
         "GateSchedule",
         "GatedDenoiser",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tgate_trt.building.builder import build as build
     from tgate_trt.bundle.bundle import Bundle as Bundle
     from tgate_trt.gate.denoiser import GatedDenoiser as GatedDenoiser
+    from tgate_trt.gate.gate import Gate as Gate
     from tgate_trt.gate.schedule import GateSchedule as GateSchedule
     from tgate_trt.running.pipeline import apply as apply
     from tgate_trt.running.pipeline import load as load
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Bundle": "bundle.bundle",
+    "Gate": "gate.gate",
     "GateSchedule": "gate.schedule",
     "GatedDenoiser": "gate.denoiser",
     "apply": "running.pipeline",
@@ -48,6 +50,7 @@ __all__ = [
     "BuildError",
     "Bundle",
     "BundleError",
+    "Gate",
     "GateError",
     "GateSchedule",
     "GatedDenoiser",
