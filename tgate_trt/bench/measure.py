@@ -58,7 +58,7 @@ class Plan:
     """Keys of `tgate_trt.gate.after_gate.AFTER_GATE`."""
     gates: tuple[str, ...] = ()
     """Further gates in text form, or by their names in the bundle."""
-    fewer_steps: tuple[int, ...] = ()
+    fewer_steps: tuple[str, ...] = ()
     """Numbers of steps in which vanilla runs too."""
     backends: tuple[str, ...] = ()
     """Backends of the engines; the first that runs here if empty."""
@@ -77,6 +77,9 @@ class Plan:
         for name, value in (("--rounds", self.rounds), ("--images", self.images)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}; choose another number")
+        for text in self.fewer_steps:
+            if not text.isdecimal() or int(text) < 1:
+                raise InputError(f"--fewer-steps takes numbers of steps with commas, such as 12,15; got {text!r}")
         for mode in self.after_gate:
             if mode not in AFTER_GATE:
                 raise InputError(f"--after-gate takes {', '.join(AFTER_GATE)}, got {mode!r}; see tgate-bench --help")
@@ -272,7 +275,7 @@ def prepare(plan: Plan) -> Measurement:
     for graph in dict.fromkeys(graph for gate in gates for graph in graphs_of(gate)):
         bundle = add_graph(bundle, graph)
     steps = gates_of(bundle, drawing, plan.gate_steps) if plan.gate_steps or not gates else ()
-    settings = settings_of(backends, steps, plan.after_gate, plan.beside, gates, plan.fewer_steps)
+    settings = settings_of(backends, steps, plan.after_gate, plan.beside, gates, [int(text) for text in plan.fewer_steps])
     studio = Studio(bundle, device_of(backends), drawing.scheduler, plan.threads, keeps_engines=_fits(bundle, settings))
     measurement = Measurement(plan, drawing, studio, settings)
     for setting in settings:

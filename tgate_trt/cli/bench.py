@@ -86,7 +86,7 @@ def run(
             gate_steps=_names(gate_step),
             after_gate=_names(after_gate),
             gates=tuple(gate or ()),
-            fewer_steps=tuple(map(int, _names(fewer_steps))),
+            fewer_steps=_names(fewer_steps),
             backends=_names(backend),
             beside=_names(beside),
             drawing=Drawing(tuple(prompt or ()), steps=steps, seed=seed, guidance_scale=guidance_scale, scheduler=scheduler),

@@ -201,6 +201,19 @@ def test_whole_gates_stand_beside_vanilla_in_fewer_steps(run: Run, bundle: Path,
     assert set(Bundle.open(bundle).manifest.graphs) >= {"keep-deep0", "reuse-deep0"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--fewer-steps", "a"), "--fewer-steps takes numbers of steps with commas, such as 12,15; got 'a'"),
+        (("--fewer-steps", "8,0"), "such as 12,15; got '0'"),
+        (("--gate", "2,forecast=1"), "forecast=1 is impossible"),
+        (("--gate", "30"), "gate_step=30 is more than the 25 steps of this run"),
+    ],
+)
+def test_rows_that_cannot_be_are_one_sentence(arguments: tuple[str, ...], reason: str, error_of: ErrorOf, bundle: Path) -> None:
+    assert reason in error_of(app, "run", bundle, *arguments, "--no-memory")
+
+
 def test_what_compilers_say_needs_no_gpu(run: Run, bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     done = run(app, "kernels", bundle, "--rounds", "1", "--json", tmp_path / "kernels.json")
