@@ -14,7 +14,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -455,10 +455,12 @@ class RTXExecutionContext(IExecutionContext):
 
 
 def _replay(context: Any, bound: Mapping[str, Bound], block: Any, cuda: Cuda) -> None:
+    """Launch on the addresses that were captured, whatever tensors are there now; an address that is in none is an error."""
     alive = context()
     if alive is None:
         raise Race("a graph of a context that was freed is replayed")
-    alive._run(alive._alive(), bound, block, cuda.current())
+    now = {name: replace(one, memory=cuda.find(one.address)) for name, one in bound.items()}
+    alive._run(alive._alive(), now, None if block is None else cuda.find(block.base), cuda.current())
 
 
 def _view(bound: Bound, dtype: Any) -> Any:
