@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,13 +178,14 @@ class _Cut(nn.Module):
         self.denoiser = denoiser
         self._taken: Mapping[str, Tensor] = {}
         self._outputs: Mapping[str, Tensor] = {}
-        for tap, module in list(tapped_modules(denoiser)):
-            name, kind = CACHE_PREFIX + tap, kind_of(tap)
+        # With the modules of all taps at hand first: what the upper part leaves has other paths.
+        taps = [(tap, module, denoiser.get_submodule(tap.partition(".")[2])) for tap, module in tapped_modules(denoiser)]
+        for tap, module, owner in taps:
+            name, kind, block = CACHE_PREFIX + tap, kind_of(tap), cast(Any, owner)
             takes = kind in recipe.takes_in
             if takes and kind.startswith(DEEP_FEATURES):
                 keep_upper_part(denoiser, int(kind.rpartition("_")[2]), partial(self._cached, name))
                 continue
-            block: Any = denoiser.get_submodule(tap.partition(".")[2])
             if (fuse_cache_reuse if takes else fuse_modules) and adds_and_normalises(block, module):
                 block.forward = partial(transformer_block, block, partial(self._cached, name) if takes else None)
             elif takes:
