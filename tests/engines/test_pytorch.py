@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -13,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tgate_trt.eager import run_recipe
-from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions
+from tgate_trt.engines.pytorch import PyTorchEngine, PyTorchOptions, _Cut
 from tgate_trt.errors import BundleError, GateError
 from tgate_trt.export.verify import random_inputs, relative_error
 from tgate_trt.kernels import cached_residual_layer_norm as kernel
 from tgate_trt.models.resolve import resolve
 from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec
-from tgate_trt.taps import CROSS_ATTENTION, GRAPHS, Recipe, kind_of, recipe
+from tgate_trt.taps import CROSS_ATTENTION, GRAPHS, Recipe, deep_features, kind_of, recipe
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -282,3 +283,13 @@ def test_on_a_gpu_it_equals_the_eager_model(folder: Path, graph: str, cuda_graph
                 tensor.fill_(torch.nan)
     if cuda_graphs:
         assert engine._graphs, "nothing was captured"
+
+
+@pytest.mark.parametrize("branch", range(12))
+def test_every_branch_of_a_larger_unet_can_be_cut(branch: int) -> None:
+    """The tiny ones have two blocks; where there are four, the upper part has fewer paths than the whole."""
+    unet: Any = resolve("sd15", random_weights=True).denoiser_on_meta()
+    up = len(unet.up_blocks)
+    _Cut(unet, Recipe(takes_in=(deep_features(branch),)), fuse_cache_reuse=False, fuse_modules=False)
+    assert len(unet.down_blocks) == len(unet.up_blocks) == branch // 3 + 1 <= up
+    assert len(unet.up_blocks[0].resnets) == branch % 3 + 1
