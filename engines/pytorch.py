@@ -25,7 +25,7 @@ from tgate_trt.engines.projections import arranged, fuse_projections, is_arrange
 from tgate_trt.engines.upper_part import keep_upper_part
 from tgate_trt.errors import BundleError, GateError
 from tgate_trt.specs import CACHE_PREFIX, GraphSpec
-from tgate_trt.taps import DEEP_FEATURES, Recipe, kind_of
+from tgate_trt.taps import Recipe, branch_of, kind_of
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,9 @@ class _Cut(nn.Module):
         for tap, module, owner in taps:
             name, kind, block = CACHE_PREFIX + tap, kind_of(tap), cast(Any, owner)
             takes = kind in recipe.takes_in
-            if takes and kind.startswith(DEEP_FEATURES):
-                keep_upper_part(denoiser, int(kind.rpartition("_")[2]), partial(self._cached, name))
+            branch = branch_of(kind)
+            if takes and branch is not None:
+                keep_upper_part(denoiser, branch, partial(self._cached, name))
                 continue
             if (fuse_cache_reuse if takes else fuse_modules) and adds_and_normalises(block, module):
                 block.forward = partial(transformer_block, block, partial(self._cached, name) if takes else None)

@@ -31,6 +31,11 @@ def deep_features(branch: int) -> str:
     return f"{DEEP_FEATURES}_{branch}"
 
 
+def branch_of(kind: str) -> int | None:
+    """The branch of a kind of tap that is deep features; None for another kind."""
+    return int(kind.rpartition("_")[2]) if kind.startswith(DEEP_FEATURES) else None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The cut that makes one graph from the trace."""
@@ -87,7 +92,7 @@ def graph_name(recipe: Recipe) -> str:
             if kind == CROSS_ATTENTION:
                 parts.insert(0, "planning" if verb == "keep" else "fidelity")
             else:
-                parts.append(f"{verb}-self" if kind == SELF_ATTENTION else f"{verb}-deep{kind.rpartition('_')[2]}")
+                parts.append(f"{verb}-self" if kind == SELF_ATTENTION else f"{verb}-deep{branch_of(kind)}")
     return "-".join(parts) or "vanilla"
 
 

@@ -26,7 +26,7 @@ from tgate_trt.analysis.action_times import Times, measured_share
 from tgate_trt.analysis.metrics import mean_estimate
 from tgate_trt.analysis.record import describe, environment, record_of
 from tgate_trt.analysis.subject import Subject
-from tgate_trt.bundle.bundle import Bundle, write_manifest
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.folder import locked
 from tgate_trt.demo.dataset import examples
 from tgate_trt.demo.evaluate import Proportion
@@ -259,13 +259,8 @@ def keep(bundle: Bundle, gate: Gate) -> Bundle:
     Raises:
         InputError: if the bundle's folder cannot be written.
     """
-    changed = replace(bundle.manifest, gates={**bundle.manifest.gates, NAME: str(gate)})
     with locked(bundle.folder):
-        try:
-            write_manifest(bundle.folder, changed)
-        except OSError as error:
-            raise InputError(f"cannot write to {bundle.folder}: {error.strerror}; copy the bundle to a place of your own") from error
-    return Bundle(bundle.folder, changed)
+        return bundle.with_manifest(replace(bundle.manifest, gates={**bundle.manifest.gates, NAME: str(gate)}))
 
 
 def tune(

@@ -98,7 +98,7 @@ def _against_distance(axes: Any, settings: Mapping[str, Any], quality: Mapping[s
         share, (middle, low, high) = settings[name]["denoising_ratio"]["median"], _of_distance(row)
         colour = ORANGE if settings[name]["setting"]["steps"] else BLUE if settings[name]["setting"]["text"] else GRAY
         axes.errorbar(share, middle, yerr=[[middle - low], [high - middle]], fmt="o", capsize=2, markersize=4, color=colour)
-        axes.annotate(f" {name.partition(',  ')[0]}", (share, middle), fontsize=6, rotation=25)
+        axes.annotate(f" {name}", (share, middle), fontsize=6, rotation=25)
         points.append((share, middle))
     best, least = [], float("inf")
     for share, distance in sorted(points):

@@ -18,14 +18,14 @@ from torch import Tensor
 from tgate_trt import children
 from tgate_trt.building.verification import Reference, component_reference, kept
 from tgate_trt.bundle.backends import ONNXRUNTIME, why_not
-from tgate_trt.bundle.bundle import Bundle, write_manifest
+from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import component_of
 from tgate_trt.bundle.folder import locked
 from tgate_trt.bundle.loras import BundleLoras
 from tgate_trt.bundle.manifest import EngineSet, Report
 from tgate_trt.eager import run_recipe
 from tgate_trt.engines.base import Engine
-from tgate_trt.errors import InputError, UnsupportedError
+from tgate_trt.errors import UnsupportedError
 from tgate_trt.export.verify import cases_of, compare
 from tgate_trt.files import read_json
 from tgate_trt.models.signature import signature
@@ -100,13 +100,7 @@ def verify_again(bundle: Bundle) -> Bundle:
         InputError: if the bundle's folder cannot be written.
     """
     with locked(bundle.folder):
-        engines = verify_engines(bundle, again=True)
-        verified = dataclasses.replace(bundle.manifest, engines=engines)
-        try:
-            write_manifest(bundle.folder, verified)
-        except OSError as error:
-            raise InputError(f"cannot write to {bundle.folder}: {error.strerror}; copy the bundle to a place of your own") from error
-    return Bundle(bundle.folder, verified)
+        return bundle.with_manifest(dataclasses.replace(bundle.manifest, engines=verify_engines(bundle, again=True)))
 
 
 def _is_the_graph(bundle: Bundle, graph: str) -> bool:

@@ -18,7 +18,7 @@ from tgate_trt.gate.gate import Gate, gate_of
 from tgate_trt.models.lora import LoraFile
 from tgate_trt.models.source import ModelSource
 from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds
-from tgate_trt.taps import DEEP_FEATURES, LAYERS_OF_A_BRANCH, recipe
+from tgate_trt.taps import LAYERS_OF_A_BRANCH, branch_of, recipe
 
 FUSIONS = ("plugin", "function", "off")
 """How the reuse of the cache runs: as a TensorRT plugin, and as a local function for the other backends; as a local function
@@ -104,7 +104,7 @@ class Request:
             dataclasses.replace(plans, capabilities=tuple(options.get("compute_capability") or ())),
             plugins=None if fusion is None else fusion == "plugin",
         )
-        graphs = _graphs(options.get("graphs"), [gate_of(gate) for gate in options.get("gates", ())], engines)
+        graphs = _graphs(options.get("graphs"), [gate_of(gate) for gate in options.get("gates") or ()], engines)
         _refuse_branches(graphs, LAYERS_OF_A_BRANCH * len(source.denoiser_config().get("up_block_types", ())))
         height, width = options.get("height") or source.height, options.get("width") or source.width
         precision = _precision(options.get("precision"), engines.backends)
@@ -147,8 +147,9 @@ def _refuse_branches(graphs: Sequence[str], branches: int) -> None:
     """
     for graph in graphs:
         for kind in (*recipe(graph).takes_in, *recipe(graph).gives_out):
-            if kind.startswith(DEEP_FEATURES) and int(kind.rpartition("_")[2]) >= branches:
-                raise InputError(f"this model has no branch {kind.rpartition('_')[2]} for DeepCache; it has 0 to {branches - 1}")
+            branch = branch_of(kind)
+            if branch is not None and branch >= branches:
+                raise InputError(f"this model has no branch {branch} for DeepCache; it has 0 to {branches - 1}")
 
 
 def _backends(backend: str | Sequence[str] | None) -> tuple[str, ...]:

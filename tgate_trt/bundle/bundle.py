@@ -29,7 +29,7 @@ from torch import nn
 from tgate_trt.bundle.folder import GUESTS, mend
 from tgate_trt.bundle.manifest import BESIDE, MANIFEST, PIPELINE, STAMPS, HeldFile, Manifest
 from tgate_trt.eager import on_meta
-from tgate_trt.errors import BundleError
+from tgate_trt.errors import BundleError, InputError
 from tgate_trt.export.weights import files_of
 from tgate_trt.files import link_or_copy, read_json, replace_file, sha256, stamp
 from tgate_trt.specs import GraphSpec
@@ -61,6 +61,18 @@ class Bundle:
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from error
         return bundle
+
+    def with_manifest(self, manifest: Manifest) -> Bundle:
+        """The bundle with another manifest of the same files, which is written; call it under `tgate_trt.bundle.folder.locked`.
+
+        Raises:
+            InputError: if the folder cannot be written.
+        """
+        try:
+            write_manifest(self.folder, manifest)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.folder}: {error.strerror}; copy the bundle to a place of your own") from error
+        return Bundle(self.folder, manifest)
 
     @property
     def pipeline(self) -> Path:

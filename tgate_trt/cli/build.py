@@ -114,7 +114,6 @@ def build(
         from tgate_trt.engines.tensorrt_builder import PlanOptions
 
         options = {name: value for name, value in context.params.items() if name != "verbose"}
-        options["gates"] = gates or ()
         plans = {field.name for field in dataclasses.fields(PlanOptions)} & options.keys()
         options["plan_options"] = PlanOptions(**{name: options.pop(name) for name in plans})
         bundle = tgate_trt.build(**options)

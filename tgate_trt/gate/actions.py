@@ -7,6 +7,7 @@ follows from the row: a tap that no later action reuses is not kept, and one tha
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -91,6 +92,7 @@ def work_of(actions: Iterable[Action], images: int, *, guided: bool, count: Call
     return sum(count(one.graph, images * (2 if guided and one.half is None else 1)) for one in actions if one.graph is not None)
 
 
+@functools.cache
 def graphs_of(gate: Gate) -> tuple[str, ...]:
     """Names of the graphs that runs by a gate may run, whatever their lengths and whether they are guided."""
     found: dict[str, None] = {}

@@ -102,7 +102,7 @@ class _Run:
     lost_guidance: bool = False
     """Whether the pipeline dropped guidance within the run."""
     times: Sequence[float] = ()
-    """The timestep of each call, once the host knows them."""
+    """The timestep of each call, once the first is launched."""
     kept: set[tuple[str, int]] = field(default_factory=set)
     """Kinds of tap that this run has kept, with the rows; the other buffers hold another run's."""
 
@@ -307,8 +307,6 @@ class GatedDenoiser(StandIn):
             tensors = {name: _rows_of(run, name, tensor) for name, tensor in tensors.items()}
             tensors["timestep"] = self._buffer(_TIMESTEP, run.rows, sample.device).copy_(torch.as_tensor(timestep))
             prediction = self._carry_out(run, run.calls - 1, tensors)
-            if run.calls == 1:
-                self._check(run)
         if not return_dict:
             return (prediction,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -507,8 +505,10 @@ class GatedDenoiser(StandIn):
                 prediction = run.history.forecast(phase, run.times[call])
         else:
             prediction = self._run_graph(run, call, action, tensors)
+            if call == 0:
+                self._check(run)
             if run.gate.forecast is not None:
-                run.history.add(phase, self._time(run, call), prediction)
+                run.history.add(phase, run.times[call], prediction)
         if action.half is None:
             return prediction.to(dtype, copy=True)
         both = torch.cat([prediction] * 2).to(dtype)
@@ -516,12 +516,6 @@ class GatedDenoiser(StandIn):
         if after.fades and not action.is_planning:  # [p − w·d, p], of which the guidance, n + s·(p − n), makes p + (s − 1)·w·d
             both[: run.images].sub_(self._direction(run), alpha=after.weight(run.schedule, call))
         return both
-
-    def _time(self, run: _Run, call: int) -> float:
-        """The timestep of a call, which the host knows from the second call on; before, the first is asked for."""
-        if not run.times:
-            self._check(run)
-        return run.times[call]
 
     def _run_graph(self, run: _Run, call: int, action: Action, tensors: Mapping[str, Any]) -> Tensor:
         """Run an engine with the taps that it reuses, keep those that it gives out, and hand off those that one half reuses."""
