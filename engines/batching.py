@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tgate_trt.eager import torch_dtype
 from tgate_trt.engines.base import Engine, check, given
-from tgate_trt.errors import GateError, TGateError
+from tgate_trt.errors import DeadlineError, GateError, TGateError
 from tgate_trt.specs import ROWS, GraphSpec, TensorSpec
 
 PATIENCE = 0.25
@@ -112,12 +112,12 @@ class Member:
         """Raise if the run was cancelled or is late.
 
         Raises:
-            TGateError: or whatever `cancel` was given.
+            DeadlineError: if it is late; or whatever `cancel` was given.
         """
         if self._ending is not None:
             raise self._ending
         if self.deadline is not None and now > self.deadline:
-            raise GateError("the run's deadline has passed, so it was ended")
+            raise DeadlineError("the run's deadline has passed, so it was ended")
 
 
 class Batcher:
@@ -150,7 +150,7 @@ class Batcher:
         """While this lasts, the engine calls of this thread are those of one member.
 
         Args:
-            deadline: of `time.monotonic`, after which its next call raises `GateError`.
+            deadline: of `time.monotonic`, after which its next call raises `DeadlineError`.
         """
         member = Member(self, deadline=deadline)
         before = getattr(self._here, "member", None)
@@ -347,8 +347,7 @@ class BatchingEngine:
         """Run once, with the calls of other threads that wait for the same graph; each gets its own rows.
 
         Raises:
-            GateError: if a tensor of this call does not fit, which no other call sees; if the engine was closed; or if its member's
-                deadline has passed.
+            GateError: if a tensor of this call does not fit, which no other call sees; or if the engine was closed.
             TGateError: if the engine failed on the batch, as every call of that batch sees.
         """
         self._batcher.run(self, inputs, outputs)

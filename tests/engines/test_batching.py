@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tgate_trt
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.engines.base import Engine
 from tgate_trt.engines.batching import Batch, Batcher, BatchingEngine, Member
 from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
-from tgate_trt.errors import GateError, InputError
+from tgate_trt.errors import DeadlineError, GateError, InputError
 from tgate_trt.running.loading import load_engine
 from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec
 
@@ -237,7 +236,7 @@ def test_a_call_that_waits_can_be_cancelled_and_the_next_one_too(callers: Caller
 
 def test_a_call_after_its_deadline_is_refused(callers: Callers) -> None:
     engine = BatchingEngine(Doubling(), callers.batcher)
-    with pytest.raises(GateError, match="deadline"):
+    with pytest.raises(DeadlineError, match="deadline"):
         callers.call(engine, torch.ones(1, 3), deadline=time.monotonic() - 1).result(20)
 
 
@@ -337,13 +336,6 @@ def test_onnxruntime_gives_each_of_several_threads_its_rows(tmp_path: Path) -> N
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(run, number) for number in range(4)]:
             future.result(30)
-
-
-@pytest.fixture(scope="session")
-def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Bundle of the demo model. Read only."""
-    folder = tmp_path_factory.mktemp("bundles") / "shapes"
-    return tgate_trt.build("shapes", folder, verify=False, backend=["onnxruntime", "pytorch"], graphs=("planning", "fidelity"))
 
 
 BATCH_TOLERANCE = {"onnxruntime": 0.0, "pytorch": 1e-5}
