@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tqdm
@@ -21,6 +21,9 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from .process_state import ProcessState, wait_for_threads
+
+if TYPE_CHECKING:
+    from tgate_trt.bundle.bundle import Bundle
 
 Run = Callable[..., Result]
 """Runs a command: takes its application and its arguments."""
@@ -278,6 +281,15 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory, tiny_sd_configs: Path) -> 
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl_configs: Path) -> Path:
     """A pipeline folder: SDXL in small, with two text encoders, pooled text and time ids; its UNet's pictures are 64×64. Read only."""
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl", tiny_sdxl_configs)
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Bundle of the demo model for ONNX Runtime and PyTorch. Read only."""
+    import tgate_trt
+
+    folder = tmp_path_factory.mktemp("bundles") / "shapes"
+    return tgate_trt.build("shapes", folder, verify=False, backend=["onnxruntime", "pytorch"], graphs=("planning", "fidelity"))
 
 
 @pytest.fixture(scope="session")
