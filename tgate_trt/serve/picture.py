@@ -77,17 +77,28 @@ class Times:
     total: float = 0.0
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture, and what it took."""
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a picture took."""
 
-    image: Image.Image
     seed: int
     times: Times
     steps: dict[str, int]
     """Calls of the denoiser by what they did: ``"planning"``, ``"fidelity"``, ``"forecast"``."""
     tokens: int = 0
     """Of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture(Record):
+    """A picture, and what it took."""
+
+    image: Image.Image
+
+    @property
+    def record(self) -> Record:
+        """What it took, without the picture."""
+        return Record(seed=self.seed, times=self.times, steps=self.steps, tokens=self.tokens)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ class Slot:
                 image: Image.Image = pipeline(**arguments).images[0]
         finally:
             self.denoiser.observer = None
-        return Picture(image, request.seed, clock.times(queued, member.waited), dict(clock.steps), self.tokens_of(request.prompt))
+        times, tokens = clock.times(queued, member.waited), self.tokens_of(request.prompt)
+        return Picture(image=image, seed=request.seed, times=times, steps=dict(clock.steps), tokens=tokens)
 
     def tokens_of(self, prompt: str) -> int:
         """Tokens of a prompt, none cut off."""
