@@ -1,6 +1,6 @@
 """A server under load, from another process on the same machine: closed loops, whose clients wait, and open ones, whose do not.
 
-Every point is measured with each way to batch, one after the other, so that a drift of the machine meets all alike. In an open loop a
+Every point is measured in rounds with each way to batch in turn, so that a drift of the machine meets all alike. In an open loop a
 request's time counts from when it was due, and arrivals are a seeded Poisson process.
 """
 
@@ -11,6 +11,7 @@ import http.client
 import json
 import random
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -176,44 +177,75 @@ class MemoryWatch:
             self.samples.append(self._process.memory_info().rss)
 
 
-def measure_point(server: Server, kind: str, level: float, seconds: float) -> dict[str, Any]:
-    """One load of one server.
+@dataclass
+class Point:
+    """One load of one server, measured in rounds."""
 
-    Args:
-        server: that runs.
-        kind: ``"closed"``, ``"streams"``, which is closed with streams, or ``"open"``.
-        level: clients, or requests a second.
-        seconds: how long requests are begun.
-    """
-    engines, rows, batches = (server.metric(name) for name in _ENGINE_METRICS)
-    start = time.perf_counter()
-    with MemoryWatch(server.process.pid) as memory:
-        if kind == "open":
-            samples = open_loop(server, level, seconds)
-        else:
-            samples = closed_loop(server, int(level), seconds, stream=kind == "streams")
-    wall = time.perf_counter() - start
-    after = [server.metric(name) for name in _ENGINE_METRICS]
-    drawn = [sample for sample in samples if sample.status == 200]
-    ramp = min(_RAMP, seconds / 4)
-    in_time = [sample for sample in drawn if start + ramp <= sample.ended <= start + seconds]
-    statuses = Counter(sample.status for sample in samples)
-    ran = after[2] - batches
-    return {
-        "policy": server.policy,
-        "kind": kind,
-        "level": level,
-        "seconds": seconds,
-        "requests": len(samples),
-        "throughput": len(in_time) / (seconds - ramp),
-        "latency": _percentiles([sample.seconds for sample in drawn]),
-        "first_partial": _percentiles([sample.first_partial for sample in drawn if sample.first_partial is not None]),
-        "refused": statuses[429],
-        "errors": sum(count for status, count in statuses.items() if status not in (200, 429)),
-        "memory": {"first": memory.samples[0], "last": memory.samples[-1], "peak": max(memory.samples)},
-        "outside_engines": 1 - (after[0] - engines) / wall if ran else None,
-        "rows_a_batch": (after[1] - rows) / ran if ran else None,
-    }
+    server: Server
+    kind: str
+    """``"closed"``, ``"streams"``, which is closed with streams, or ``"open"``."""
+    level: float
+    """Clients, or requests a second."""
+    seconds: float
+    """How long requests are begun in a round."""
+    share: float | None = None
+    """Of the capacity, in an open loop."""
+
+    def __post_init__(self) -> None:
+        """Begin without samples."""
+        self.samples: list[Sample] = []
+        self.in_time: list[int] = []
+        """Pictures of each round within its time, but for its beginning."""
+        self.memory: list[int] = []
+        self.engines = [0.0, 0.0, 0.0]
+        self.wall = 0.0
+
+    def run(self) -> None:
+        """Measure one round."""
+        before, start = [self.server.metric(name) for name in _ENGINE_METRICS], time.perf_counter()
+        with MemoryWatch(self.server.process.pid) as memory:
+            if self.kind == "open":
+                samples = open_loop(self.server, self.level, self.seconds, seed=len(self.in_time))
+            else:
+                samples = closed_loop(self.server, int(self.level), self.seconds, stream=self.kind == "streams")
+        self.wall += time.perf_counter() - start
+        after = [self.server.metric(name) for name in _ENGINE_METRICS]
+        self.engines = [own + end - begin for own, begin, end in zip(self.engines, before, after, strict=True)]
+        within = (start + self._ramp, start + self.seconds)
+        self.in_time.append(sum(sample.status == 200 and within[0] <= sample.ended <= within[1] for sample in samples))
+        self.samples += samples
+        self.memory += memory.samples
+
+    @property
+    def _ramp(self) -> float:
+        return min(_RAMP, self.seconds / 4)
+
+    @property
+    def throughput(self) -> float:
+        """Pictures a second: the median of the rounds."""
+        return statistics.median(self.in_time) / (self.seconds - self._ramp)
+
+    def results(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        drawn = [sample for sample in self.samples if sample.status == 200]
+        statuses = Counter(sample.status for sample in self.samples)
+        engines, rows, ran = self.engines
+        return {
+            "policy": self.server.policy,
+            "kind": self.kind,
+            "level": self.level,
+            "share": self.share,
+            "requests": len(self.samples),
+            "throughput": self.throughput,
+            "throughput_of_rounds": [count / (self.seconds - self._ramp) for count in self.in_time],
+            "latency": _percentiles([sample.seconds for sample in drawn]),
+            "first_partial": _percentiles([sample.first_partial for sample in drawn if sample.first_partial is not None]),
+            "refused": statuses[429],
+            "errors": sum(count for status, count in statuses.items() if status not in (200, 429)),
+            "memory": {"first": self.memory[0], "last": self.memory[-1], "peak": max(self.memory)},
+            "outside_engines": 1 - engines / self.wall if ran else None,
+            "rows_a_batch": rows / ran if ran else None,
+        }
 
 
 _ENGINE_METRICS = ("tgate_engine_seconds_total", "tgate_rows_total", "tgate_batch_rows_count")
@@ -228,44 +260,53 @@ def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def measure(
-    bundle: Path, seconds: float, *, running: int = RUNNING, queue: int = QUEUE, backend: str | None = None
+    bundle: Path, seconds: float, rounds: int, *, running: int = RUNNING, queue: int = QUEUE, backend: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Measure a bundle under load.
 
     Args:
         bundle: folder of a bundle.
-        seconds: of each point.
+        seconds: of each point in a round.
+        rounds: of every point, the ways to batch in turn.
         running: pictures at a time, and of a batch.
         queue: pictures that wait.
         backend: of the engines.
 
     Yields:
-        The points so far, and once it is known the capacity, in pictures a second, with the goals that were met.
+        The points after the closed loops, whose best throughput of continuous batching is the capacity, in pictures a second; and after
+        the open ones, with the goals that were met.
     """
-    points: list[dict[str, Any]] = []
     with servers(bundle, running, queue, backend) as found:
         for server in found.values():
             closed_loop(server, running, 3.0)
-        for clients in (1, running // 2, running, 2 * running, running + queue):
-            for server in found.values():
-                points.append(measure_point(server, "closed", clients, seconds))
-                yield {"points": list(points)}
-        points.append(measure_point(found[CONTINUOUS], "streams", 1, seconds))
-        points.append(measure_point(found[CONTINUOUS], "streams", running, seconds))
-        capacity = max(point["throughput"] for point in points if point["policy"] == CONTINUOUS and point["kind"] == "closed")
-        for share in SHARES:
-            for server in found.values():
-                long = seconds * LONGER if share == SHARES[0] else seconds
-                points.append(measure_point(server, "open", share * capacity, long) | {"share": share})
-                yield {"points": list(points), "capacity": capacity}
+        levels = (1, running // 2, running, 2 * running, running + queue)
+        closed = [Point(server, "closed", clients, seconds) for clients in levels for server in found.values()]
+        closed += [Point(found[CONTINUOUS], "streams", clients, seconds) for clients in (1, running)]
+        _run(closed, rounds)
+        capacity = max(point.throughput for point in closed if point.server.policy == CONTINUOUS and point.kind == "closed")
+        yield {"points": [point.results() for point in closed], "capacity": capacity}
+        opened = [
+            Point(server, "open", share * capacity, seconds * LONGER if share == SHARES[0] else seconds, share)
+            for share in SHARES
+            for server in found.values()
+        ]
+        _run(opened, rounds)
+    points = [point.results() for point in (*closed, *opened)]
     yield {"points": points, "capacity": capacity, "goals": goals_of(points)}
+
+
+def _run(points: Sequence[Point], rounds: int) -> None:
+    """Measure points in rounds, forwards and backwards in turn, so that a drift of the machine meets all alike."""
+    for number in range(rounds):
+        for point in points if number % 2 == 0 else reversed(points):
+            point.run()
 
 
 def goals_of(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was aimed at for continuous batching, and what was found."""
     ours = [point for point in points if point["policy"] == CONTINUOUS]
     alone = next(point for point in ours if point["kind"] == "closed" and point["level"] == 1)
-    half, full = (next(point for point in ours if point.get("share") == share) for share in (SHARES[0], SHARES[-1]))
+    half, full = (next(point for point in ours if point["share"] == share) for share in (SHARES[0], SHARES[-1]))
     best = max(point["throughput"] for point in ours if point["kind"] != "streams")
     first, last = alone["memory"]["peak"], full["memory"]["peak"]
     return {

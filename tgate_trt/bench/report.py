@@ -319,7 +319,8 @@ def _load(record: Mapping[str, Any]) -> Iterator[Table]:
         "outside engines": lambda point: "–" if point["outside_engines"] is None else f"{point['outside_engines']:.0%}",
         "memory": lambda point: gigabytes(point["memory"]["peak"]),
     }
-    notes = [f"{settings['running']} pictures at a time, {settings['queue']} wait; {settings['seconds']:g} s a load."]
+    times = f"{settings['rounds']} rounds of {settings['seconds']:g} s a load"
+    notes = [f"{settings['running']} pictures at a time, {settings['queue']} wait; {times}."]
     if "capacity" in results:
         notes.append(f"Capacity: {results['capacity']:.2f} pictures a second, the best throughput of continuous batching.")
     yield _table(f"Under load, {_subject(record)}", results["points"], columns, notes)

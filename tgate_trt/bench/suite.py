@@ -123,11 +123,12 @@ def measure_steps(bundle: Path, backends: Sequence[str], images: int, rounds: in
         yield record_of("steps", command, before, settings, results, describe(opened))
 
 
-def measure_load(bundle: Path, seconds: float, running: int, queue: int, backend: str | None, command: str) -> Iterator[Record]:
-    """Measure a server of a bundle under load; see `tgate_trt.bench.load.measure`."""
+def measure_load(bundle: Path, seconds: float, rounds: int, places: tuple[int, int], backend: str | None, command: str) -> Iterator[Record]:
+    """Measure a server of a bundle under load, with places for pictures that run and wait; see `tgate_trt.bench.load.measure`."""
     before, opened = environment(), Bundle.open(bundle)
-    settings = {"seconds": seconds, "running": running, "queue": queue, "backend": choose_backend(opened, backend)}
-    for results in load.measure(bundle, seconds, running=running, queue=queue, backend=backend):
+    running, queue = places
+    settings = {"seconds": seconds, "rounds": rounds, "running": running, "queue": queue, "backend": choose_backend(opened, backend)}
+    for results in load.measure(bundle, seconds, rounds, running=running, queue=queue, backend=backend):
         yield record_of("load", command, before, settings, results, describe(opened))
 
 

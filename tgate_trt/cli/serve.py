@@ -28,6 +28,8 @@ def serve(
         bool | None,
         typer.Option("--low-memory/--no-low-memory", help="Hold one engine of a bundle at a time. [default: with several bundles]"),
     ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes of a bundle, on Ray Serve if more than one.")] = 1,
+    write_config: Annotated[Path | None, typer.Option(help="Write a configuration for Ray's `serve deploy` to this file, and end.")] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what users ask for.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -57,7 +59,23 @@ def serve(
             limits=Limits(seconds=deadline),
             options=options,
         )
-        serve(settings, lambda address: console.print(f"serving {', '.join(settings.names)} at {address}"))
+        if write_config is not None:
+            from tgate_trt.files import replace_file
+            from tgate_trt.serve.cluster import config_of
+
+            replace_file(write_config, config_of(settings, replicas))
+            console.print(str(write_config))
+            return
+
+        def started(address: str) -> None:
+            console.print(f"serving {', '.join(settings.names)} at {address}")
+
+        if replicas == 1:
+            serve(settings, started)
+        else:
+            from tgate_trt.serve.cluster import serve_cluster
+
+            serve_cluster(settings, replicas, started)
 
 
 def main() -> None:

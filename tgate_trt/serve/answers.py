@@ -18,6 +18,7 @@ from tgate_trt.errors import BusyError, CancelledError, ClosedError, DeadlineErr
 from tgate_trt.serve.drawers import Event, UnknownModelError
 from tgate_trt.serve.guard import Receive, Scope, Send
 from tgate_trt.serve.picture import Record, Times
+from tgate_trt.serve.remote import LostError
 from tgate_trt.serve.schema import Failure, Problem, Seconds, TokensOfInput, Usage
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ def answer_to(error: BaseException) -> Answer:
         )
     if isinstance(error, DeadlineError):
         return Answer(504, "deadline", Problem(message=text, type="server_error", code="deadline"), {})
+    if isinstance(error, LostError):
+        text = "the process that drew the picture ended, and so did the next; send the request again"
+        return Answer(503, "error", Problem(message=text, type="server_error", code="lost"), {"retry-after": "1"})
     if isinstance(error, CancelledError | asyncio.CancelledError):
         return Answer(CLIENT_GONE, "client_gone", Problem(message="the client has gone", type="invalid_request_error"), {})
     return Answer(500, "error", Problem(message="the server failed to draw; its log says why", type="server_error"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -122,6 +123,9 @@ class Api:
             answer = self._images(await self._collect(events, name, len(requests)), body, model)
         except Exception as error:
             return self._failed(name, error)
+        except asyncio.CancelledError:  # a server in front of this one saw the client go
+            self._metrics.ended(name, "client_gone")
+            raise
         self._metrics.ended(name, "ok", time.monotonic() - begin)
         return JSONResponse(answer.model_dump(exclude_none=True), headers={"server-timing": server_timing(answer.usage)})
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from tgate_trt.engines.batching import Batch
 from tgate_trt.errors import InputError
 from tgate_trt.serve.picture import Picture, Preview, Record, Request
 from tgate_trt.serve.schema import Model
@@ -33,6 +34,10 @@ class Event:
     """Which preview of the picture."""
     record: Record | None = None
     """What the picture took; it is drawn."""
+    error: Exception | None = None
+    """Why it is not drawn, from another process."""
+    batches: tuple[Batch, ...] = ()
+    """Runs of engines in another process since the last event that had some."""
 
 
 class Drawer(Protocol):

@@ -221,6 +221,11 @@ class Service:
         return self._is_closed
 
     @property
+    def is_alive(self) -> bool:
+        """Whether all threads that draw are there."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
     def merging_memory(self) -> int:
         """Bytes of the buffers in which calls are merged."""
         return sum(engine.memory for engine in self._engines.engines)
