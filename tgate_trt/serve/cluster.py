@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -246,6 +247,10 @@ def config_of(settings: Settings, replicas: int) -> str:
     return json.dumps(options, indent=2) + "\n"
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def serve_cluster(settings: Settings, replicas: int, started: Callable[[str], None]) -> None:
     """Serve bundles by replicas, on the cluster of ``RAY_ADDRESS`` or else on this machine alone, until SIGTERM or SIGINT.
 
@@ -265,6 +270,7 @@ def serve_cluster(settings: Settings, replicas: int, started: Callable[[str], No
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
         serve.run(application({"settings": plain(settings), "replicas": replicas}), name=NAME, route_prefix="/")
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray's own handler aborts the process, and its workers stay
         started(f"http://{settings.host}:{settings.port}")
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
