@@ -13,12 +13,13 @@ PICTURES := --prompt "a large red circle at the top right on a white background"
   --prompt "a large blue triangle at the center on a black background" \
   --prompt "a small purple cross at the top left on a black background"
 
-.PHONY: help setup demo test check bench bench-demo bench-rows bench-sd15 bench-models bench-gpu clean
+.PHONY: help setup demo test check load bench bench-demo bench-rows bench-sd15 bench-models bench-gpu clean
 
 help:
 	@echo "make demo    build the bundled demo model, draw pictures vanilla and gated, say where they are"
 	@echo "make test    run the whole suite, in an order of its own each time"
 	@echo "make check   ruff and mypy --strict"
+	@echo "make load    measure a server of the demo model under load, into docs/results/"
 	@echo "make bench   measure on this machine, into docs/results/ (two or three hours on two cores)"
 	@echo "make bench-gpu   the same on a machine with an NVIDIA GPU, its tests first; make bench-gpu-PART runs one part:"
 	@echo "                 $(GPU_PARTS)"
@@ -116,6 +117,11 @@ bench-models: $(READY)
 	$(BIN)/tgate-bench macs $(call results,macs)
 	rm -f $(RESULTS)/growth.json
 	$(BIN)/tgate-bench growth $(call results,growth) --plot $(RESULTS)/growth.png
+
+# A server of the demo model under load; a quarter of an hour.
+load: $(READY)
+	$(BIN)/tgate-build --model shapes --output $(DEMO_BUNDLE) --backend onnxruntime
+	$(BIN)/tgate-bench load $(DEMO_BUNDLE) --backend onnxruntime $(call results,load)
 
 bench-sd15: $(READY)
 	$(BIN)/tgate-build --model sd15 --random-weights --height 256 --width 256 --output bundles/bench-sd15 $(EVERY_GRAPH) --no-verify

@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tqdm
@@ -21,6 +21,9 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from .process_state import ProcessState, wait_for_threads
+
+if TYPE_CHECKING:
+    from tgate_trt.bundle.bundle import Bundle
 
 Run = Callable[..., Result]
 """Runs a command: takes its application and its arguments."""
@@ -356,6 +359,15 @@ def tiny_pixart_sigma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for PixArt-Σ: prompts of 300 tokens, no resolution. Read only."""
     configs = write_configs(tmp_path_factory.mktemp("configs") / "tiny-pixart-sigma", TINY_PIXART_SIGMA)
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-pixart-sigma", configs)
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Bundle of the demo model for ONNX Runtime and PyTorch. Read only."""
+    import tgate_trt
+
+    folder = tmp_path_factory.mktemp("bundles") / "shapes"
+    return tgate_trt.build("shapes", folder, verify=False, backend=["onnxruntime", "pytorch"], graphs=("planning", "fidelity"))
 
 
 @pytest.fixture(scope="session")

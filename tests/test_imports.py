@@ -27,7 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("running",),
     ("building",),
     ("demo",),
-    ("analysis",),
+    ("analysis", "serve"),
     ("bench",),
     ("cli",),
 )

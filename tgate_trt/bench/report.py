@@ -294,6 +294,53 @@ def _steps(record: Mapping[str, Any]) -> Iterator[Table]:
     yield _table(f"One step: {_subject(record)}", rows, columns, notes)
 
 
+def _load(record: Mapping[str, Any]) -> Iterator[Table]:
+    results, settings = record["results"], record["settings"]
+
+    def level(point: Mapping[str, Any]) -> str:
+        if point["kind"] == "open":
+            return f"open, {point['share']:g} × capacity ({point['level']:.2f}/s)"
+        return f"{'streams' if point['kind'] == 'streams' else 'closed'}, {point['level']:.0f} clients"
+
+    def latency(name: str, which: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda point: "–" if point[name] is None else seconds(point[name][which])
+
+    columns: Columns = {
+        "load": level,
+        "batching": lambda point: point["policy"],
+        "pictures/s": lambda point: f"{point['throughput']:.2f}",
+        "p50": latency("latency", "p50"),
+        "p90": latency("latency", "p90"),
+        "p99": latency("latency", "p99"),
+        "first partial, p50": latency("first_partial", "p50"),
+        "refused (429)": lambda point: str(point["refused"]),
+        "errors": lambda point: str(point["errors"]),
+        "rows a batch": lambda point: "–" if point["rows_a_batch"] is None else f"{point['rows_a_batch']:.2f}",
+        "outside engines": lambda point: "–" if point["outside_engines"] is None else f"{point['outside_engines']:.0%}",
+        "memory": lambda point: gigabytes(point["memory"]["peak"]),
+    }
+    times = f"{settings['rounds']} rounds of {settings['seconds']:g} s a load"
+    notes = [f"{settings['running']} pictures at a time, {settings['queue']} wait; {times}."]
+    if "capacity" in results:
+        notes.append(f"Capacity: {results['capacity']:.2f} pictures a second, the best throughput of continuous batching.")
+    yield _table(f"Under load, {_subject(record)}", results["points"], columns, notes)
+    if "goals" in results:
+        goals: Columns = {
+            "goal": lambda goal: _GOALS[goal[0]],
+            "found": lambda goal: f"{goal[1]['found']:.2f}",
+            "aimed at": lambda goal: f"{goal[1]['goal']:g}",
+        }
+        yield _table("Goals, continuous batching", results["goals"].items(), goals)
+
+
+_GOALS = {
+    "p99_at_half": "p99 at half the capacity over p99 alone, at most",
+    "errors_at_four": "errors but 429 at four times the capacity, at most",
+    "goodput_at_four": "pictures/s at four times the capacity over the best, at least",
+    "memory_growth": "peak memory at four times the capacity over that alone, at most",
+}
+
+
 def _probe(record: Mapping[str, Any]) -> Iterator[Table]:
     columns: Columns = {
         "backend": lambda row: f"{row['backend']} {row['version'] or 'not installed'}",
@@ -311,6 +358,7 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Table]]] = {
     "build": _build,
     "kernels": _kernels,
     "probe": _probe,
+    "load": _load,
     "steps": _steps,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tgate_trt.analysis.record import describe, environment, read, record_of
-from tgate_trt.bench import build_cost, growth, kernels, macs, probe, spacings, steps
+from tgate_trt.bench import build_cost, growth, kernels, load, macs, probe, spacings, steps
 from tgate_trt.bench.measure import Plan, conditions_of, device_of, prepare
 from tgate_trt.building.builder import add_graph
 from tgate_trt.bundle.backends import choose_backend
@@ -121,6 +121,15 @@ def measure_steps(bundle: Path, backends: Sequence[str], images: int, rounds: in
     settings = {"images": images, "rounds": rounds, "threads": threads, "device": str(device)}
     for results in steps.measure(opened, chosen, images, rounds, device, threads):
         yield record_of("steps", command, before, settings, results, describe(opened))
+
+
+def measure_load(bundle: Path, seconds: float, rounds: int, places: tuple[int, int], backend: str | None, command: str) -> Iterator[Record]:
+    """Measure a server of a bundle under load, with places for pictures that run and wait; see `tgate_trt.bench.load.measure`."""
+    before, opened = environment(), Bundle.open(bundle)
+    running, queue = places
+    settings = {"seconds": seconds, "rounds": rounds, "running": running, "queue": queue, "backend": choose_backend(opened, backend)}
+    for results in load.measure(bundle, seconds, rounds, running=running, queue=queue, backend=backend):
+        yield record_of("load", command, before, settings, results, describe(opened))
 
 
 def measure_kernels(bundle: Path | None, rounds: int, command: str) -> Iterator[Record]:

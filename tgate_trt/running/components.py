@@ -64,6 +64,10 @@ class Compiled(StandIn):
         eager: nn.Module = object.__getattribute__(self, "_eager")
         return eager
 
+    def share_eager(self, other: Compiled) -> None:
+        """Use another's eager component where one is needed, and not one more."""
+        object.__setattr__(self, "_load_eager", other.eager)
+
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Run with other values of some weights; see `tgate_trt.engines.base.Engine.replace_weights`.
 

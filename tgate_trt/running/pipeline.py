@@ -8,8 +8,8 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -97,8 +97,19 @@ def load(bundle: str | os.PathLike[str] | Bundle, **options: Unpack[LoadOptions]
         InputError: if an option is impossible.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    loader = loader_of(opened, options)
-    pipeline = pipeline_of(opened, loader, components=options.get("components", True))
+    return load_by(loader_of(opened, options), options)
+
+
+def load_by(loader: EngineLoader, options: LoadOptions, modules: Mapping[str, nn.Module] = MappingProxyType({})) -> Any:
+    """Load a pipeline with a loader's engines, which may be those of other pipelines too; see `load`.
+
+    Args:
+        loader: of the bundle.
+        options: as for `load`; the loader was made from them.
+        modules: eager components of another pipeline of the bundle, by name, that this one shares.
+    """
+    opened = loader.bundle
+    pipeline = pipeline_of(opened, loader, components=options.get("components", True), modules=modules)
     _put(pipeline, loader, getattr(pipeline, opened.manifest.model.attribute), options)
     _refit_components(pipeline, loader.loras, with_engines=False)
     _draw_by_default(pipeline, opened.manifest.built_for.height.optimum, opened.manifest.built_for.width.optimum)
@@ -207,20 +218,22 @@ def loader_of(bundle: Bundle, options: LoadOptions) -> EngineLoader:
     )
 
 
-def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool) -> Any:
+def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool, modules: Mapping[str, nn.Module] = MappingProxyType({})) -> Any:
     """The bundle's pipeline; its denoiser is an architecture without weights, in whose place a `GatedDenoiser` is to be put.
 
     Args:
         bundle: that is open.
         loader: of the components' engines.
         components: whether text encoders and the VAE's decoder run as engines, where the bundle holds them.
+        modules: components by name that are taken as they are.
     """
     from diffusers import DiffusionPipeline
 
     precision = _pipeline_precision(bundle, loader.device)
     parts = load_compiled(bundle, component_graphs(loader) if components else (), loader.load, precision)
     dtype = torch_dtype(precision)
-    given = {name: part.architecture for name, part in parts.items()} | {bundle.manifest.model.attribute: bundle.denoiser_on_meta(dtype)}
+    given = {**modules, **{name: part.architecture for name, part in parts.items()}}
+    given |= {bundle.manifest.model.attribute: bundle.denoiser_on_meta(dtype)}
     pipeline = DiffusionPipeline.from_pretrained(bundle.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     for name, part in parts.items():
         setattr(pipeline, name, part)
