@@ -68,7 +68,7 @@ async function problemOf(response) {
   const field = body?.error?.param ?? null;
   switch (response.status) {
     case 401:
-      return new Problem("This server needs an API key that it knows. Enter it under “API key”.", { needsKey: true });
+      return new Problem("This server needs an API key that it knows. Enter it here.", { needsKey: true });
     case 429:
     case 503:
       return new Problem([message || "The server takes no request now.", again(response)].join(" "));

@@ -46,7 +46,7 @@ function begin() {
     run();
   });
   at("form").addEventListener("invalid", (event) => reveal(event.target), { capture: true });
-  at("form").addEventListener("input", (event) => event.target.removeAttribute("aria-invalid"));
+  at("form").addEventListener("input", (event) => unmark(event.target));
   at("prompt").addEventListener("keydown", submitOnControlEnter);
   at("cancel").addEventListener("click", () => running?.abort());
   at("die").addEventListener("click", throwDie);
@@ -72,7 +72,7 @@ async function loadModels() {
     found.forEach((model) => models.set(model.id, model));
     at("model").replaceChildren(...found.map((model) => new Option(model.id, model.id)));
     at("model-field").hidden = found.length === 0;
-    at("alert").replaceChildren();
+    clearProblem();
     takeModel();
   } catch (error) {
     at("model-field").hidden = models.size === 0;
@@ -143,7 +143,7 @@ function suggestion(prompt) {
   button.textContent = prompt;
   button.addEventListener("click", () => {
     at("prompt").value = prompt;
-    at("prompt").removeAttribute("aria-invalid");
+    unmark(at("prompt"));
   });
   return button;
 }
@@ -233,19 +233,27 @@ async function run() {
   const settings = readForm();
   running = new AbortController();
   setRunning(true);
-  at("alert").replaceChildren();
+  clearProblem();
   at("status").textContent = `Drawing vanilla and T-GATE with gate ${settings.gate}${settings.together ? ", both at once" : ""}.`;
   clearSides(settings);
+  bringIntoSight();
   try {
     const pair = await drawPair(settings, at("key").value, running.signal);
     showPair(settings, pair);
     remember(settings, pair);
-    at("status").textContent = `Done. ${comparison(pair)}`;
+    at("status").textContent = `Done. ${comparison(settings, pair)}`;
   } catch (error) {
     ended(error);
   } finally {
     running = null;
     setRunning(false);
+  }
+}
+
+/** Scrolls to the pictures where they lie below the form. */
+function bringIntoSight() {
+  if (at("pair").getBoundingClientRect().top > 0.6 * window.innerHeight) {
+    at("pictures").scrollIntoView({ block: "start" });
   }
 }
 
@@ -314,10 +322,11 @@ function showPair(settings, pair) {
   gated.finish(settings.prompt, pair.gated, longest, shareOf(pair));
 }
 
-function comparison(pair) {
+function comparison(settings, pair) {
   const share = shareOf(pair);
   const ratio = Number.isFinite(share) ? `: ${share.toFixed(2)} of vanilla’s time` : "";
-  return `Vanilla took ${inSeconds(pair.vanilla.time)}, T-GATE ${inSeconds(pair.gated.time)}${ratio}.`;
+  const remark = settings.together ? " They were drawn at once, so their times depend on each other." : "";
+  return `Vanilla took ${inSeconds(pair.vanilla.time)}, T-GATE ${inSeconds(pair.gated.time)}${ratio}.${remark}`;
 }
 
 function shareOf(pair) {
@@ -345,30 +354,41 @@ function setRunning(isRunning) {
 
 /* Problems. */
 
-/** Shows an error once, beside the pictures and at the control that it is about. */
+/** Shows an error once: at the control that it is about, or else above the pictures. */
 function showProblem(error) {
-  const isKnown = error instanceof Problem;
+  const control = controlOf(error);
+  const place = control?.closest(".field") ?? at("place-of-alert");
+  place.append(at("alert"));
+  if (control) {
+    reveal(control);
+    control.setAttribute("aria-invalid", "true");
+    control.setAttribute("aria-errormessage", "alert");
+    control.focus();
+  }
   const paragraph = document.createElement("p");
   paragraph.className = "problem";
-  paragraph.textContent = isKnown ? error.message : `The page failed: ${error.message}`;
+  paragraph.textContent = error instanceof Problem ? error.message : `The page failed: ${error.message}`;
   at("alert").replaceChildren(paragraph);
+}
+
+function clearProblem() {
+  at("alert").replaceChildren();
+  document.querySelectorAll("[aria-invalid]").forEach(unmark);
+}
+
+function controlOf(error) {
   if (error.needsKey) {
-    at("access").open = true;
-    mark(at("key"));
-  } else if (error.field in CONTROLS) {
-    const control = controlOf(error.field);
-    reveal(control);
-    mark(control);
+    return at("key");
   }
+  if (error.field === "gate" && at("whole-gate").value.trim() === "") {
+    return at("gate");
+  }
+  return at(CONTROLS[error.field]);
 }
 
-function controlOf(field) {
-  return field === "gate" && at("whole-gate").value.trim() === "" ? at("gate") : at(CONTROLS[field]);
-}
-
-function mark(control) {
-  control.setAttribute("aria-invalid", "true");
-  control.focus();
+function unmark(control) {
+  control.removeAttribute("aria-invalid");
+  control.removeAttribute("aria-errormessage");
 }
 
 /** Opens what hides a control. */
@@ -392,13 +412,21 @@ function entry(kept) {
   const { settings, pair } = kept;
   const item = document.createElement("li");
   const button = document.createElement("button");
-  const words = document.createElement("span");
+  const words = span("words", "");
+  const about = `Seed ${settings.seed}, gate ${settings.gate} of ${settings.steps} steps: ${shareOf(pair).toFixed(2)} of vanilla’s time`;
+  words.append(span("prompt", settings.prompt), " ", span("about", about));
   button.type = "button";
-  words.textContent = `${settings.prompt} · seed ${settings.seed} · gate ${settings.gate} of ${settings.steps} · ${shareOf(pair).toFixed(2)}`;
   button.append(thumbnail(pair.vanilla), thumbnail(pair.gated), words);
   button.addEventListener("click", () => showAgain(kept));
   item.append(button);
   return item;
+}
+
+function span(name, text) {
+  const made = document.createElement("span");
+  made.className = name;
+  made.textContent = text;
+  return made;
 }
 
 function thumbnail(result) {
@@ -412,8 +440,8 @@ function showAgain({ settings, pair }) {
   if (running) {
     return;
   }
-  at("alert").replaceChildren();
+  clearProblem();
   writeForm(settings);
   showPair(settings, pair);
-  at("status").textContent = `An earlier pair. ${comparison(pair)}`;
+  at("status").textContent = `An earlier pair. ${comparison(settings, pair)}`;
 }
