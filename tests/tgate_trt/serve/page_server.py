@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: Any) -> None:
         """Log nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Serve files and models."""
         self.stand_in.asked.append(Asked("GET", self.path, dict(self.headers)))
         if self.path == "/":
@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._json(404, Refusal(404, "not found").body)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """Draw."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.stand_in.asked.append(Asked("POST", self.path, dict(self.headers), body))

@@ -383,7 +383,8 @@ function controlOf(error) {
   if (error.field === "gate" && at("whole-gate").value.trim() === "") {
     return at("gate");
   }
-  return at(CONTROLS[error.field]);
+  const control = at(CONTROLS[error.field]);
+  return control?.closest("[hidden]") ? null : control;
 }
 
 function unmark(control) {
