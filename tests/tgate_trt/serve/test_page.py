@@ -247,11 +247,12 @@ def test_pictures_arrive_step_by_step(open_page: Open, server: StandIn) -> None:
 
 
 def test_both_at_once_where_it_is_asked_for(open_page: Open, server: StandIn) -> None:
-    server.holds_before = 0
+    server.holds_before = 1
     page = open_page()
     page.get_by_label("Draw both at once").check()
     draw(page)
-    page.wait_for_timeout(200)
+    for name in ("Vanilla", "T-GATE"):
+        expect(side(page, name).locator(".state")).to_contain_text("partial picture 1")
     server.released.set()
     expect(page.locator("#status")).to_contain_text("They were drawn at once")
     assert server.most_at_once == 2

@@ -347,6 +347,9 @@ function setRunning(isRunning) {
   const hadFocus = document.activeElement === at("cancel");
   at("draw").setAttribute("aria-disabled", String(isRunning));
   at("cancel").disabled = !isRunning;
+  for (const button of at("history-list").querySelectorAll("button")) {
+    button.setAttribute("aria-disabled", String(isRunning));
+  }
   if (!isRunning && hadFocus) {
     at("draw").focus();
   }

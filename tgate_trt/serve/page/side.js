@@ -4,6 +4,7 @@ import { fillStrip, grouped, haveOneOrder, summary } from "./strip.js";
 
 const SMALL = 256;
 const TICK = 100;
+const SHORTEST_TIME = 0.0005;
 
 /** Names of the server's times, in the order in which they are shown, each with the segment that it has in the bar. */
 const TIMES = {
@@ -171,7 +172,7 @@ export class Side {
   }
 
   #showTimes(result, longest) {
-    const shown = Object.entries(TIMES).filter(([name]) => result.seconds[name] > 0);
+    const shown = Object.entries(TIMES).filter(([name]) => result.seconds[name] >= SHORTEST_TIME);
     this.#part(".times").replaceChildren(...shown.flatMap(([name, [words]]) => entry(words, inSeconds(result.seconds[name]))));
     const segments = shown.filter(([, [, kind]]) => kind !== null);
     const bars = segments.map(([name, [, kind]]) => segment(kind, result.seconds[name] / longest));
