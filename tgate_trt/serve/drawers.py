@@ -126,7 +126,7 @@ def model_of(name: str, service: Service) -> Model:
     return Model(
         id=name,
         created=int(time.time()),
-        size=f"{manifest.built_for.width}x{manifest.built_for.height}",
+        size=f"{manifest.built_for.width.optimum}x{manifest.built_for.height.optimum}",
         abilities=list(service.abilities),
         backend=service.backend,
         steps=manifest.steps,

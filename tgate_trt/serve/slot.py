@@ -200,11 +200,11 @@ class Slot:
             "guidance_scale": manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             "generator": torch.Generator().manual_seed(request.seed),
             "strength": request.strength,
-            "height": built_for.height,
-            "width": built_for.width,
+            "height": built_for.height.optimum,
+            "width": built_for.width.optimum,
             "use_resolution_binning": False,
         }
-        size = built_for.width, built_for.height
+        size = built_for.width.optimum, built_for.height.optimum
         if request.image is not None:
             arguments["image"] = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         if request.mask is not None:
