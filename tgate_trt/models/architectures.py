@@ -68,9 +68,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("sd21", 768, 768, _UNET_GATE, 25, 7.5, "stabilityai/stable-diffusion-2-1"),
         Architecture("sdxl", 1024, 1024, _UNET_GATE, 25, 5.0, _SDXL),
         Architecture("lcm-sdxl", 1024, 1024, _LCM_GATE, 4, 8.0, _SDXL, "latent-consistency/lcm-sdxl"),
-        Architecture("pixart-alpha", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-XL-2-1024-MS"),
-        Architecture("pixart-sigma", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
-        Architecture("lcm-pixart", 1024, 1024, _LCM_GATE, 4, 0.0, "PixArt-alpha/PixArt-LCM-XL-2-1024-MS", base="pixart-alpha"),
+        Architecture("pixart-alpha", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-XL-2-1024-MS", without=_TEXT),
+        Architecture("pixart-sigma", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", without=_TEXT),
+        Architecture(
+            "lcm-pixart", 1024, 1024, _LCM_GATE, 4, 0.0, "PixArt-alpha/PixArt-LCM-XL-2-1024-MS", base="pixart-alpha", without=_TEXT
+        ),
         Architecture(
             "svd",
             576,
