@@ -50,7 +50,7 @@ from tgate_trt.serve.schema import (
     Problem,
     State,
 )
-from tgate_trt.serve.uploads import decoded_image, read_form
+from tgate_trt.serve.uploads import opened_image, read_form
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,11 @@ PAGE = Path(__file__).parent / "page"
 _ERRORS = {
     400: "Something in the request is impossible.",
     401: "The API key is missing or unknown.",
+    403: "The request comes from a page of another site.",
     404: "There is no such model.",
     408: "The body came too slowly.",
     413: "The body is too large.",
+    421: "The server was called by a name that is not its own.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "The server failed.",
     503: "The server ends.",
@@ -88,8 +90,8 @@ class Api:
         try:
             fields, image, mask = await read_form(http)
             body = Edit.model_validate(fields)
-            start = decoded_image(image, self._limits, "image")
-            within = None if mask is None else decoded_image(mask, self._limits, "mask")
+            start = opened_image(image, self._limits, "image")
+            within = None if mask is None else opened_image(mask, self._limits, "mask")
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         except InputError as error:

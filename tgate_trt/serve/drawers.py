@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
@@ -88,7 +89,7 @@ class LocalDrawer:
 
         def put(image: int, item: Preview | Future[Picture]) -> None:  # in the thread that draws, which makes the file too
             event = _event_of(image, item, kind)
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         shows = [partial(put, image) for image in range(len(requests))]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.engines.batching import PATIENCE, Batch, Batcher, Member
 from tgate_trt.errors import BusyError, CancelledError, ClosedError, DeadlineError, InputError, UnsupportedError
 from tgate_trt.gate.actions import graphs_of, substitute
@@ -190,7 +189,7 @@ class Service:
             gate = self._prompts.gate_of(request)
             for text in filter(None, (request.prompt, request.negative_prompt)):
                 tokens = self._prompts.tokens_of(text)
-                if any(hasattr(self._prompts.pipeline, name) for name in TEXT_ENCODERS) and tokens > most:
+                if tokens > most:
                     raise InputError(f"a prompt has at most {most} tokens with this model, got {tokens}; shorten it")
         self._check_gate(gate, self.bundle.manifest.steps if request.steps is None else request.steps)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from tgate_trt.engines.batching import Member
-from tgate_trt.errors import UnsupportedError
+from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.gate.denoiser import FIDELITY, FORECAST, HAND_OFF, PLANNING, GatedDenoiser
 from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.stand_in import StandIn
@@ -206,9 +206,11 @@ class Slot:
         }
         size = built_for.width, built_for.height
         if request.image is not None:
-            arguments["image"] = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            with _decoding("picture to start from"):
+                arguments["image"] = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         if request.mask is not None:
-            arguments["mask_image"] = drawn_anew(request.mask).resize(size, Image.Resampling.NEAREST)
+            with _decoding("mask"):
+                arguments["mask_image"] = drawn_anew(request.mask).resize(size, Image.Resampling.NEAREST)
         taken = signature(pipeline.__call__).parameters
         return {name: value for name, value in arguments.items() if value is not None and name in taken}
 
@@ -229,6 +231,15 @@ class Slot:
             return {}
 
         return {"callback_on_step_end": after_step}
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises for a damaged file into one sentence."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"the {name} is damaged; send it again") from error
 
 
 def drawn_anew(mask: Image.Image) -> Image.Image:
