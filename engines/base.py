@@ -70,9 +70,9 @@ def check(spec: GraphSpec, tensor: TensorSpec, value: Tensor, device: torch.devi
     Raises:
         GateError: if its shape, dtype, device or layout differs.
     """
+    least, _, most = spec.shapes_within_bounds(tensor)
     fits = len(value.shape) == len(tensor.shape) and all(
-        size in spec.dimensions[expected] if isinstance(expected, str) else size == expected
-        for size, expected in zip(value.shape, tensor.shape, strict=True)
+        low <= size <= high for low, size, high in zip(least, value.shape, most, strict=True)
     )
     if not fits:
         bounds = ", ".join(f"{name} {size}" for name, size in spec.dimensions.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,14 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tgate_trt.eager import forward, tapped_modules, tensor_of
+from tgate_trt.eager import forward, tapped_modules, tensor_of, torch_dtype
 from tgate_trt.engines.base import check, given
 from tgate_trt.engines.fused_modules import adds_and_normalises, fuse_modules, transformer_block
 from tgate_trt.engines.graphs import GraphCache, Staging
 from tgate_trt.engines.projections import arranged, fuse_projections, is_arranged, separate_projections
 from tgate_trt.engines.upper_part import keep_upper_part
 from tgate_trt.errors import BundleError, GateError
-from tgate_trt.specs import CACHE_PREFIX, GraphSpec
+from tgate_trt.specs import CACHE_PREFIX, ROWS, GraphSpec, TensorSpec
 from tgate_trt.taps import Recipe, branch_of, kind_of
 
 
@@ -62,6 +62,7 @@ class PyTorchEngine:
         options: PyTorchOptions | None = None,
         *,
         changed: Mapping[str, Tensor] | None = None,
+        absent: Sequence[TensorSpec] = (),
     ) -> None:
         """Put weights into an architecture, and cut it.
 
@@ -73,6 +74,7 @@ class PyTorchEngine:
             device: ``cpu`` or a CUDA device.
             options: how to run.
             changed: weights that differ from ``weights``, by name.
+            absent: inputs of the whole denoiser that the graph does not need, in whose places zeros stand.
 
         Raises:
             BundleError: if the weights do not fit the architecture.
@@ -87,14 +89,14 @@ class PyTorchEngine:
             raise BundleError(
                 f"the weights are not those of {type(architecture).__name__}: {str(error).splitlines()[-1].strip()}; build the bundle again"
             ) from error
-        self._denoiser = architecture.eval().requires_grad_(False)
+        self._denoiser = architecture.to(device).eval().requires_grad_(False)  # what it computed itself is on the CPU
         self._owners = dict(architecture.named_modules())
         """Every module by its path in the whole denoiser: what a cut leaves has other paths."""
         fuse_projections(self._denoiser)
         fuses = device.type == "cuda" if self._options.fuse_modules is None else self._options.fuse_modules
         if fuses:
             fuse_modules(self._denoiser)
-        cut = _Cut(self._denoiser, recipe, fuse_cache_reuse=self._options.fuse_cache_reuse, fuse_modules=fuses)
+        cut = _Cut(self._denoiser, recipe, absent, fuse_cache_reuse=self._options.fuse_cache_reuse, fuse_modules=fuses)
         self._call = torch.compile(cut, dynamic=False) if self._options.compile else cut
         self._graphs, self._staging = GraphCache(spec.name), Staging()
         self._lock = threading.Lock()
@@ -173,9 +175,12 @@ class PyTorchEngine:
 class _Cut(nn.Module):
     """A denoiser that is called by tensor names. Taps that are taken in replace their modules; others are given out."""
 
-    def __init__(self, denoiser: nn.Module, recipe: Recipe, *, fuse_cache_reuse: bool, fuse_modules: bool) -> None:
+    def __init__(
+        self, denoiser: nn.Module, recipe: Recipe, absent: Sequence[TensorSpec] = (), *, fuse_cache_reuse: bool, fuse_modules: bool
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self._absent = tuple(absent)
         self._taken: Mapping[str, Tensor] = {}
         self._outputs: Mapping[str, Tensor] = {}
         # With the modules of all taps at hand first: what the upper part leaves has other paths.
@@ -199,8 +204,9 @@ class _Cut(nn.Module):
         self._taken = {name: tensor for name, tensor in tensors.items() if name.startswith(CACHE_PREFIX)}
         self._outputs = outputs
         inputs = {name: tensor for name, tensor in tensors.items() if name not in self._taken}
-        # Blocks with a cached cross-attention need no text, so their graph has no such input.
-        prediction = forward(self.denoiser, {"encoder_hidden_states": None, **inputs})
+        sample = tensors["sample"]
+        missing = {each.name: _zeros(each, sample) for each in self._absent}
+        prediction = forward(self.denoiser, {"encoder_hidden_states": None, **missing, **inputs})
         outputs["noise_pred"].copy_(prediction)
         for name, tensor in self._taken.items():
             if name in outputs:
@@ -212,3 +218,9 @@ class _Cut(nn.Module):
 
     def _give_out(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._outputs[name].copy_(tensor_of(output))
+
+
+def _zeros(tensor: TensorSpec, sample: Tensor) -> Tensor:
+    """An input that has no effect, as short as it can be."""
+    shape = [sample.shape[0] if size == ROWS else 1 if isinstance(size, str) else size for size in tensor.shape]
+    return torch.zeros(shape, dtype=torch_dtype(tensor.dtype), device=sample.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgate_trt.export.trace import trace_module
-from tgate_trt.specs import TensorSpec
+from tgate_trt.specs import Bounds, TensorSpec
 
 LAST, PENULTIMATE, POOLED = "last_hidden_state", "penultimate_hidden_state", "text_embeds"
 """Outputs that a text encoder's graph can have: its last state, the last layer's input, and the projected state of the end token."""
@@ -67,7 +67,9 @@ class VaeDecoder(nn.Module):
         return (model.decode(latents, return_dict=False)[0],)
 
 
-def trace_component(module: TextEncoder | VaeDecoder, inputs: Sequence[TensorSpec], images: int) -> ir.Model:
+def trace_component(
+    module: TextEncoder | VaeDecoder, inputs: Sequence[TensorSpec], images: int, dimensions: Mapping[str, Bounds] | None = None
+) -> ir.Model:
     """Trace a component; see `tgate_trt.export.trace.trace_module`.
 
     Args:
@@ -75,11 +77,12 @@ def trace_component(module: TextEncoder | VaeDecoder, inputs: Sequence[TensorSpe
         inputs: what the component takes.
         images: the largest batch. A decoder's trace does not hold for every batch: diffusers takes another path where a feature map
             has 2³¹ elements or more.
+        dimensions: bounds of the further dimensions that the inputs name.
 
     Raises:
         BuildError: if PyTorch cannot trace or translate the component.
     """
-    return trace_module(module, "model", inputs, module.outputs, max(images, 2))
+    return trace_module(module, "model", inputs, module.outputs, max(images, 2), dimensions)
 
 
 def run_component(module: TextEncoder | VaeDecoder, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,12 +11,14 @@ Then it removes what no output needs: nodes, weights, and inputs such as the tex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from tgate_trt.errors import BuildError
 from tgate_trt.export.trace import TAP_DOMAIN, TAP_OP
-from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec
+from tgate_trt.specs import CACHE_PREFIX, ROWS, Bounds, GraphSpec, TensorSpec, names_in
 from tgate_trt.taps import Recipe, kind_of
 
 
@@ -46,15 +48,25 @@ def cut(trace: ir.Model, recipe: Recipe) -> ir.Model:
     return model
 
 
-def spec_of(model: ir.Model, name: str, rows: Bounds) -> GraphSpec:
-    """The inputs and outputs of a graph, for batches of so many rows."""
+def spec_of(model: ir.Model, name: str, rows: Bounds, others: Mapping[str, Bounds] | None = None) -> GraphSpec:
+    """The inputs and outputs of a graph.
+
+    Args:
+        model: the graph.
+        name: its name.
+        rows: of a batch.
+        others: bounds of further dimensions that the graph may have.
+    """
     inputs, outputs = (tuple(map(_spec_of, values)) for values in (model.graph.inputs, model.graph.outputs))
-    return GraphSpec(name, inputs, outputs, {ROWS: rows})
+    found = {name for tensor in (*inputs, *outputs) for size in tensor.shape for name in names_in(size)}
+    return GraphSpec(name, inputs, outputs, {each: bounds for each, bounds in (others or {}).items() if each in found} | {ROWS: rows})
 
 
 def _spec_of(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None and value.shape is not None
-    return TensorSpec(str(value.name), str(value.dtype.numpy()), tuple(size if isinstance(size, int) else ROWS for size in value.shape))
+    return TensorSpec(
+        str(value.name), str(value.dtype.numpy()), tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    )
 
 
 def _name(tap: ir.Node) -> str:

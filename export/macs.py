@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from tgate_trt.errors import BuildError
+from tgate_trt.specs import ROWS
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Macs:
         return Macs(times * self.linear, times * self.sdpa)
 
 
-def macs_of_graph(path: Path, rows: int) -> Macs:
+def macs_of_graph(path: Path, sizes: int | Mapping[str, int]) -> Macs:
     """Multiply-accumulates of one call of a graph in a file; its weights are not read. See `macs_of`."""
-    return macs_of(ir.load(path), rows)
+    return macs_of(ir.load(path), sizes)
 
 
-def macs_of(model: ir.Model, rows: int) -> Macs:
+def macs_of(model: ir.Model, sizes: int | Mapping[str, int]) -> Macs:
     """Multiply-accumulates of one call of a graph.
 
     ``Conv``, ``Gemm``, ``MatMul`` and ``Attention`` are counted. A product is linear if an operand is a parameter or computed from
@@ -51,12 +52,12 @@ def macs_of(model: ir.Model, rows: int) -> Macs:
 
     Args:
         model: a graph, which is not changed; its parameters need no data.
-        rows: rows of the batch, two an image under guidance.
+        sizes: rows of the batch, two an image under guidance; or the size of each dimension, by name.
 
     Raises:
         BuildError: if the graph lacks the shape of an operand.
     """
-    model = _at(model, rows)
+    model = _at(model, {ROWS: sizes} if isinstance(sizes, int) else sizes)
     fixed = set(model.graph.initializers.values())
     counted = Macs()
     for node in model.graph:
@@ -69,16 +70,16 @@ def macs_of(model: ir.Model, rows: int) -> Macs:
     return counted
 
 
-def _at(model: ir.Model, rows: int) -> ir.Model:
+def _at(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
     """A copy with numbers for all sizes: those of the trace, and those of ONNX's inference where passes left a value without a shape.
 
-    Only rows vary in a trace. Most sizes name them as we do, and some are expressions in the exporter's name for them.
+    Dimensions have our names; one that an input does not name is the exporter's own, for rows.
     """
     model = model.clone()
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.shape is not None and not value.shape.is_static():
             symbols = {name for size in value.shape if isinstance(size, ir.SymbolicDim) for name in size.free_symbols()}
-            value.shape = value.shape.evaluate(dict.fromkeys(symbols, rows))
+            value.shape = value.shape.evaluate({name: sizes.get(name, sizes[ROWS]) for name in symbols})
     passes.ShapeInferencePass(data_prop=True)(model)
     return model
 

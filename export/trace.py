@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -22,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tgate_trt.eager import forward, tapped, torch_dtype
 from tgate_trt.errors import BuildError
 from tgate_trt.export.passes import NoSqueezePass, PromoteConcatPass, RowsFromSamplePass
-from tgate_trt.specs import MAXIMUM_ROWS, ROWS, TensorSpec
+from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, TensorSpec, names_in
 
 OPSET = 20
 """The newest opset from which all our backends build. For an older one the exporter would convert the graph and inline functions."""
@@ -43,12 +46,16 @@ class _ByPosition(nn.Module):
         return forward(self.denoiser, dict(zip(self.names, tensors, strict=True)))
 
 
-def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
-    """Trace a denoiser into one ONNX graph with taps, its rows symbolic and its resolution fixed.
+def trace(
+    denoiser: nn.Module, inputs: Sequence[TensorSpec], dimensions: Mapping[str, Bounds] | None = None, maximum_rows: int = MAXIMUM_ROWS
+) -> ir.Model:
+    """Trace a denoiser into one ONNX graph with taps; its rows are symbolic, and every further dimension that its inputs name.
 
     Args:
         denoiser: the architecture on the ``meta`` device, in eval mode and in the dtype of the graph; it cannot be used afterwards.
         inputs: its signature, `tgate_trt.models.signature.signature`.
+        dimensions: bounds of the further dimensions.
+        maximum_rows: the largest batch for which the trace must hold, at least 2.
 
     Returns:
         A model whose inputs are ``inputs``, whose output is ``noise_pred``, and whose initializers are the denoiser's
@@ -58,11 +65,16 @@ def trace(denoiser: nn.Module, inputs: Sequence[TensorSpec]) -> ir.Model:
         BuildError: if PyTorch cannot trace or translate the model.
     """
     by_position = _ByPosition(denoiser, [tensor.name for tensor in inputs])
-    return trace_module(by_position, "denoiser", inputs, ("noise_pred",))
+    return trace_module(by_position, "denoiser", inputs, ("noise_pred",), maximum_rows, dimensions)
 
 
 def trace_module(
-    module: nn.Module, attribute: str, inputs: Sequence[TensorSpec], outputs: Sequence[str], maximum_rows: int = MAXIMUM_ROWS
+    module: nn.Module,
+    attribute: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[str],
+    maximum_rows: int = MAXIMUM_ROWS,
+    dimensions: Mapping[str, Bounds] | None = None,
 ) -> ir.Model:
     """Trace any module that takes and returns tensors by position.
 
@@ -73,14 +85,17 @@ def trace_module(
         inputs: the module's inputs; the first dimension of the first one counts rows.
         outputs: names of the module's outputs.
         maximum_rows: the largest batch for which the trace must hold, at least 2.
+        dimensions: bounds of the further dimensions that the inputs name.
 
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.
     """
     model_of_module = getattr(module, attribute)
+    computed = _computed_buffers(model_of_module)
+    bounds = {ROWS: Bounds(1, 2, maximum_rows)} | dict(dimensions or {})
     try:
         with _quiet():
-            model = _translate(_export(module, model_of_module, inputs, maximum_rows))
+            model = _translate(_export(module, model_of_module, inputs, bounds))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise BuildError(
@@ -90,13 +105,22 @@ def trace_module(
     _name_inputs_and_outputs(model, inputs, outputs)
     parameters = _parameters_to_inputs(model, {tensor.name for tensor in inputs}, f"{attribute}.")
     _simplify(model)
-    _inputs_to_initializers(model, parameters)
+    _inputs_to_initializers(model, parameters, computed)
     return model
 
 
-def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec], maximum_rows: int) -> torch.export.ExportedProgram:
+def _computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no file of weights holds, such as positions, by name."""
+    state = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in state and not buffer.is_meta}
+
+
+def _export(
+    module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec], bounds: Mapping[str, Bounds]
+) -> torch.export.ExportedProgram:
     """Run `torch.export` on fake tensors, with a marker node at each tap."""
-    rows = torch.export.Dim(ROWS, min=1, max=maximum_rows)
+    named = {name: torch.export.Dim(name, min=each.minimum, max=each.maximum) for name, each in bounds.items()}
+    examples = {name: max(2, each.optimum) for name, each in bounds.items()}  # PyTorch takes 0 and 1 for constants
 
     def mark(tap: str, output: Tensor) -> Tensor:
         marked: Tensor = torch.onnx.ops.symbolic(
@@ -106,10 +130,18 @@ def _export(module: nn.Module, denoiser: nn.Module, inputs: Sequence[TensorSpec]
 
     with FakeTensorMode(shape_env=ShapeEnv()):
         _materialise(denoiser)
-        example = tuple(torch.zeros(tensor.concrete(**{ROWS: 2}), dtype=torch_dtype(tensor.dtype)) for tensor in inputs)
-    dynamic_shapes = (tuple({axis: rows for axis, size in enumerate(tensor.shape) if size == ROWS} for tensor in inputs),)
+        example = tuple(torch.zeros(tensor.concrete(**examples), dtype=torch_dtype(tensor.dtype)) for tensor in inputs)
+    dynamic_shapes = (
+        tuple({axis: _multiple(size, named) for axis, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in inputs),
+    )
     with torch.no_grad(), tapped(denoiser, mark):
         return torch.export.export(module, example, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def _multiple(size: str, named: Mapping[str, Any]) -> Any:
+    """PyTorch's dimension for one size of an input: a name, or a number times a name."""
+    *factor, name = size.split("*")
+    return int(factor[0]) * named[name] if factor else named[name]
 
 
 def _materialise(denoiser: nn.Module) -> None:
@@ -128,17 +160,26 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _name_inputs_and_outputs(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[str]) -> None:
-    """Give inputs and outputs our names, and every dimension that counts rows the name ``batch``."""
+    """Give inputs and outputs our names, and every dimension the names that the inputs have for it."""
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
-    symbols = {str(model.graph.inputs[0].shape[0])} if model.graph.inputs[0].shape else set()
+    names: dict[str, str] = {}
     for value, tensor in zip(model.graph.inputs, inputs, strict=True):
+        assert value.shape is not None
+        for symbol, size in zip(value.shape, tensor.shape, strict=True):
+            names |= dict(zip(names_in(str(symbol).replace(" ", "")), names_in(size), strict=False))
         value.name = tensor.name
         value.shape = ir.Shape(tensor.shape)
     for node in model.graph:
         for value in node.outputs:
             if value.shape is not None:
-                value.shape = ir.Shape([ROWS if str(size) in symbols else size for size in value.shape])
+                value.shape = ir.Shape([size if isinstance(size, int) else _renamed(str(size), names) for size in value.shape])
+
+
+def _renamed(expression: str, names: Mapping[str, str]) -> str:
+    """A size with our names in the places of PyTorch's symbols: a sorted product where it is one."""
+    renamed = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), expression.replace(" ", ""))
+    return "*".join(sorted(renamed.split("*"))) if re.fullmatch(r"\w+(\*\w+)*", renamed) else renamed
 
 
 def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -> list[ir.Value]:
@@ -159,11 +200,20 @@ def _parameters_to_inputs(model: ir.Model, input_names: set[str], prefix: str) -
     return parameters
 
 
-def _inputs_to_initializers(model: ir.Model, parameters: Sequence[ir.Value]) -> None:
-    """Make the parameters initializers with a placeholder for their data, which `tgate_trt.export.weights.attach` replaces."""
+def _inputs_to_initializers(model: ir.Model, parameters: Sequence[ir.Value], computed: Mapping[str, Tensor]) -> None:
+    """Make the parameters initializers again.
+
+    Those that files of weights hold get a placeholder for their data, which `tgate_trt.export.weights.attach` replaces; ``computed`` ones
+    are part of the graph.
+    """
     for value in parameters:
         assert value.shape is not None and value.dtype is not None and value.name is not None
         model.graph.inputs.remove(value)
+        if value.name in computed:
+            data = computed[value.name].float().numpy().astype(value.dtype.numpy())
+            value.const_value = ir.tensor(numpy.ascontiguousarray(data), dtype=value.dtype, name=value.name)
+            model.graph.register_initializer(value)
+            continue
         value.const_value = ir.ExternalTensor("", 0, 0, value.dtype, shape=value.shape, name=value.name)
         model.graph.register_initializer(value)
 

@@ -72,6 +72,8 @@ class Report:
 class Case:
     """Random inputs, and what the eager model makes of them."""
 
+    sizes: Mapping[str, int]
+    """Of each dimension that the inputs' shapes name."""
     inputs: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
 
@@ -83,7 +85,7 @@ def verify(
     run_eager: RunEager,
     signature: Sequence[TensorSpec],
     *,
-    rows: Sequence[int],
+    rows: Sequence[int | Mapping[str, int]],
     precision: str,
     vocabulary: int = 1,
     seed: int | None = None,
@@ -98,7 +100,7 @@ def verify(
         spec: the graph's inputs and outputs.
         run_eager: runs the eager model on the same inputs and returns the graph's outputs.
         signature: inputs of the whole model, all of which the eager model needs.
-        rows: batch sizes to compare at.
+        rows: batch sizes to compare at, or sizes of all dimensions that the shapes name.
         precision: precision of the graph, which determines the tolerance.
         vocabulary: upper bound of random token ids, exclusive.
         seed: seed of the random inputs; a new one if None.
@@ -112,16 +114,20 @@ def cases_of(
     run_eager: RunEager,
     inputs: Sequence[TensorSpec],
     *,
-    rows: Sequence[int],
+    rows: Sequence[int | Mapping[str, int]],
     vocabulary: int = 1,
     seed: int | None = None,
 ) -> list[Case]:
     """Random inputs of each number of rows with the eager model's outputs; the model is freed again. See `verify`."""
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     every_input = tuple({tensor.name: tensor for tensor in inputs}.values())
-    drawn = [random_inputs(every_input, size, generator, vocabulary) for size in rows]
+    sizes = [{ROWS: size} if isinstance(size, int) else size for size in rows]
+    drawn = [random_inputs(every_input, each, generator, vocabulary) for each in sizes]
     denoiser = load_denoiser()
-    cases = [Case(case, run_eager(denoiser, {name: _widened(tensor) for name, tensor in case.items()})) for case in drawn]
+    cases = [
+        Case(each, case, run_eager(denoiser, {name: _widened(tensor) for name, tensor in case.items()}))
+        for each, case in zip(sizes, drawn, strict=True)
+    ]
     del denoiser
     gc.collect()
     return cases
@@ -129,32 +135,44 @@ def cases_of(
 
 def compare(run: Run, spec: GraphSpec, cases: Sequence[Case], precision: str) -> Report:
     """Run a graph, or an engine of it, and compare each output with the eager model's."""
-    return Report(spec.name, TOLERANCES[precision], tuple(_check(run, spec, case.inputs, case.expected) for case in cases))
+    return Report(spec.name, TOLERANCES[precision], tuple(_check(run, spec, case) for case in cases))
 
 
-def random_inputs(tensors: Sequence[TensorSpec], rows: int, generator: torch.Generator, vocabulary: int = 1) -> dict[str, Tensor]:
-    """Random values: unit normal, but fractional steps from 0 to 1000 for ``timestep``, and token ids for integers.
+def random_inputs(
+    tensors: Sequence[TensorSpec], rows: int | Mapping[str, int], generator: torch.Generator, vocabulary: int = 1
+) -> dict[str, Tensor]:
+    """Random values: unit normal, but steps from 0 to 1000 for ``timestep``, zeros and ones for masks, and token ids for integers.
 
     The values are rounded to the tensors' dtypes, so that graph and model read the same numbers.
+
+    Args:
+        tensors: what to make.
+        rows: of the batch, or the size of each dimension that the shapes name.
+        generator: of the values.
+        vocabulary: upper bound of token ids, exclusive.
     """
+    sizes = {ROWS: rows} if isinstance(rows, int) else rows
     values = {}
     for tensor in tensors:
-        value = torch.randn(tensor.concrete(**{ROWS: rows}), generator=generator)
+        value = torch.randn(tensor.concrete(**sizes), generator=generator)
         if tensor.name == "timestep":
             value = torch.rand(value.shape, generator=generator) * 1000
+        elif tensor.name.partition(".")[0].endswith("mask"):
+            value = (torch.rand(value.shape, generator=generator) < 0.7).float()
+            value[..., 0] = 1  # a row without any token has no attention
         elif tensor.dtype == "int64":
             value = torch.randint(vocabulary, value.shape, generator=generator)
         values[tensor.name] = value.to(torch_dtype(tensor.dtype))
     return values
 
 
-def _check(run: Run, spec: GraphSpec, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Check:
-    (rows,) = {tensor.shape[0] for tensor in inputs.values()}
-    outputs = {o.name: torch.full(o.concrete(**{ROWS: rows}), torch.nan, dtype=torch_dtype(o.dtype)) for o in spec.outputs}
-    run({tensor.name: inputs[tensor.name] for tensor in spec.inputs}, outputs)
+def _check(run: Run, spec: GraphSpec, case: Case) -> Check:
+    outputs = {o.name: torch.full(o.concrete(**case.sizes), torch.nan, dtype=torch_dtype(o.dtype)) for o in spec.outputs}
+    run({tensor.name: case.inputs[tensor.name] for tensor in spec.inputs}, outputs)
+    expected = case.expected
     errors = {name: relative_error(outputs[name], expected[name]) for name in expected}
     worst = max(errors, key=lambda name: _badness(errors[name]))
-    return Check(rows, errors[worst], worst.removeprefix(CACHE_PREFIX))
+    return Check(case.sizes[ROWS], errors[worst], worst.removeprefix(CACHE_PREFIX))
 
 
 def _widened(tensor: Tensor) -> Tensor:

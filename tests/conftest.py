@@ -173,6 +173,70 @@ TINY_SDXL: dict[str, dict[str, Any]] = {
 """SDXL in small, by file."""
 
 
+_T5 = {
+    "architectures": ["T5EncoderModel"],
+    "d_ff": 32,
+    "d_kv": 8,
+    "d_model": 24,
+    "eos_token_id": 1,
+    "is_encoder_decoder": True,
+    "model_type": "t5",
+    "num_heads": 2,
+    "num_layers": 1,
+    "pad_token_id": 0,
+    "vocab_size": 32128,
+}
+
+
+def _pixart(pipeline: str, sample_size: int, **more: Any) -> dict[str, dict[str, Any]]:
+    """PixArt in small, by file."""
+    return {
+        "model_index.json": {
+            "_class_name": pipeline,
+            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "transformer": ["diffusers", "PixArtTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "algorithm_type": "dpmsolver++",
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "beta_start": 0.0001,
+            "num_train_timesteps": 1000,
+            "timestep_spacing": "linspace",
+        },
+        "text_encoder/config.json": _T5,
+        "transformer/config.json": {
+            "_class_name": "PixArtTransformer2DModel",
+            "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+            "attention_head_dim": 8,
+            "caption_channels": 24,
+            "cross_attention_dim": 24,
+            "in_channels": 4,
+            "interpolation_scale": 1,
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "norm_type": "ada_norm_single",
+            "num_attention_heads": 3,
+            "num_embeds_ada_norm": 1000,
+            "num_layers": 2,
+            "out_channels": 8,
+            "patch_size": 2,
+            "sample_size": sample_size,
+            **more,
+        },
+        "vae/config.json": _VAE,
+    }
+
+
+TINY_PIXART = _pixart("PixArtAlphaPipeline", 128, use_additional_conditions=True)
+TINY_PIXART_SIGMA = _pixart("PixArtSigmaPipeline", 8, use_additional_conditions=False)
+
+
 def write_configs(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
     """Write a diffusers folder of configurations alone."""
     for name, data in files.items():
@@ -194,7 +258,7 @@ def write_pipeline(folder: Path, configs: Path, *, seed: int = 0) -> Path:
     save_rest(source, folder, "fp32")
     loud = ("attn2.to_v.weight", "attn2.to_out.0.weight")
     tensors = {name: tensor * CROSS_ATTENTION_GAIN if name.endswith(loud) else tensor for name, tensor in source.tensors(torch.float32)}
-    save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / source.denoiser_attribute / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -281,6 +345,20 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory, tiny_sd_configs: Path) -> 
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl_configs: Path) -> Path:
     """A pipeline folder: SDXL in small, with two text encoders, pooled text and time ids; its UNet's pictures are 64×64. Read only."""
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl", tiny_sdxl_configs)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder: PixArt-α in small, its prompts of 120 tokens with masks, its pictures with resolution and aspect. Read only."""
+    configs = write_configs(tmp_path_factory.mktemp("configs") / "tiny-pixart", TINY_PIXART)
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-pixart", configs)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_sigma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for PixArt-Σ: prompts of 300 tokens, no resolution. Read only."""
+    configs = write_configs(tmp_path_factory.mktemp("configs") / "tiny-pixart-sigma", TINY_PIXART_SIGMA)
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-pixart-sigma", configs)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"tgate_trt": ROOT / "tgate_trt"} | {f"tgate_trt.{room}": ROOT / room for room in ("export", "engines", "kernels")}
 """The folder of each package that setuptools maps, by its name when installed."""
 
-FOUNDATION = ("errors", "specs", "taps", "eager", "files", "children", "console")
+FOUNDATION = ("errors", "specs", "taps", "eager", "files", "children", "console", "ip_adapter")
 """Modules of `tgate_trt` on which every room may stand."""
 
 ORDER: tuple[tuple[str, ...], ...] = (

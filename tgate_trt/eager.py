@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgate_trt import ip_adapter
 from tgate_trt.specs import CACHE_PREFIX, DTYPES
-from tgate_trt.taps import LAYERS_OF_A_BRANCH, TAPPED_MODULES, Recipe, deep_features, kind_of, tap_of
+from tgate_trt.taps import CROSS_ATTENTION, LAYERS_OF_A_BRANCH, TAPPED_MODULES, Recipe, deep_features, kind_of
 
-ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio", "image_embeds")
 """Inputs that diffusers passes inside the dictionary ``added_cond_kwargs``."""
 
 
@@ -33,8 +34,12 @@ def module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
     if "_class_name" in config:
         import diffusers
 
-        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        adapters = config.get(ip_adapter.KEY)
+        left_out = (ip_adapter.KEY, "encoder_hid_dim_type") if adapters else ()
+        settings = {name: value for name, value in config.items() if not name.startswith("_") and name not in left_out}
         module: nn.Module = getattr(diffusers, kind).from_config(settings)
+        if adapters:
+            ip_adapter.add(module, adapters)
     else:
         import transformers
 
@@ -44,8 +49,14 @@ def module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """The same module on the ``meta`` device: an architecture without weights."""
+    """The same module on the ``meta`` device: an architecture without weights, but with what it computes itself, such as positions."""
     with torch.device("meta"):
+        module = module_of(kind, config)
+    if module.state_dict().keys() >= dict(module.named_buffers()).keys():
+        return module
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
         return module_of(kind, config)
 
 
@@ -65,22 +76,54 @@ def forward(denoiser: nn.Module, tensors: Mapping[str, Tensor | None]) -> Tensor
     Returns:
         The prediction, ``[batch, channels, height, width]``.
     """
-    keywords: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name not in ADDED_CONDITIONS}
+    scale = tensors.get(ip_adapter.SCALE)
+    keywords = nested({name: tensor for name, tensor in tensors.items() if name != ip_adapter.SCALE})
     if "sample" not in inspect.signature(denoiser.forward).parameters:
         keywords["hidden_states"] = keywords.pop("sample")
-    added = {name: tensors[name] for name in ADDED_CONDITIONS if name in tensors}
-    if added:
-        keywords["added_cond_kwargs"] = added
-    prediction: Tensor = denoiser(**keywords, return_dict=False)[0]
+    with contextlib.nullcontext() if scale is None else ip_adapter.scaled(denoiser, scale):
+        prediction: Tensor = denoiser(**keywords, return_dict=False)[0]
     return prediction
 
 
+def nested(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """A denoiser's arguments from inputs by name: `flat` undone."""
+    arguments: dict[str, Any] = {}
+    added: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        argument, _, index = name.rpartition(".")
+        holder = added if (argument or name) in ADDED_CONDITIONS else arguments
+        if argument and index.isdecimal():
+            holder.setdefault(argument, []).append(tensor)
+        else:
+            holder[name] = tensor
+    return arguments | ({"added_cond_kwargs": added} if added else {})
+
+
+def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by name from a denoiser's arguments: ``name.0``, ``name.1`` … for a list, and the entries of ``added_cond_kwargs``."""
+    tensors: dict[str, Any] = {}
+    for name, value in ({**arguments, **(arguments.get("added_cond_kwargs") or {})}).items():
+        if name == "added_cond_kwargs":
+            continue
+        if isinstance(value, list | tuple) and value and all(isinstance(each, Tensor) for each in value):
+            tensors |= {f"{name}.{index}": each for index, each in enumerate(value)}
+        else:
+            tensors[name] = value
+    return tensors
+
+
 def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each attention's tap, and its module."""
+    """Each attention's tap, and its module.
+
+    ``down_blocks.1.attentions.0.transformer_blocks.0.attn2`` carries the tap
+    ``cross_attention.down_blocks.1.attentions.0.transformer_blocks.0``. What feeds a module decides, where it knows that itself: the
+    ``attn2`` of AnimateDiff's motion modules is a second self-attention, and carries none.
+    """
     for path, module in denoiser.named_modules():
-        tap = tap_of(path, tuple(TAPPED_MODULES))
-        if tap is not None:
-            yield tap, module
+        block, _, attribute = path.rpartition(".")
+        kind = TAPPED_MODULES.get(attribute)
+        if kind is not None and getattr(module, "is_cross_attention", kind == CROSS_ATTENTION) == (kind == CROSS_ATTENTION):
+            yield f"{kind}.{block}", module
 
 
 def tapped_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:

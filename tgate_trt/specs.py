@@ -1,11 +1,13 @@
 """Inputs and outputs of graphs: the data that tracing, engines and the runtime share.
 
-A shape has numbers, and names for dimensions that may vary, such as ``("batch", 4, 64, 64)``. The graph has the `Bounds` of each name.
+A shape has numbers, and names for dimensions that may vary, such as ``("batch", 4, 64, 64)``. A size may also be a product of names
+and a number, such as ``"16*height*width"``. The graph has the `Bounds` of each name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +43,18 @@ class Bounds:
     def __str__(self) -> str:
         return f"{self.minimum}:{self.optimum}:{self.maximum}"
 
+    @property
+    def short(self) -> str:
+        """The same as text, but one number for one size."""
+        return str(self.optimum) if self.is_one else str(self)
+
     def __contains__(self, size: int) -> bool:
         return self.minimum <= size <= self.maximum
+
+    @property
+    def is_one(self) -> bool:
+        """Whether they leave one size."""
+        return self.minimum == self.maximum
 
     @classmethod
     def parse(cls, text: str) -> Bounds:
@@ -53,7 +65,7 @@ class Bounds:
         """
         parts = text.split(":")
         if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
-            raise InputError(f"a batch size is MIN:OPT:MAX or one number, such as 1:1:4, got {text!r}")
+            raise InputError(f"a range is MIN:OPT:MAX or one number, such as 1:1:4, got {text!r}")
         sizes = [int(part) for part in parts]
         return cls(*sizes) if len(sizes) == 3 else cls(sizes[0], sizes[0], sizes[0])
 
@@ -70,7 +82,51 @@ class TensorSpec:
 
     def concrete(self, **sizes: int) -> tuple[int, ...]:
         """The shape with sizes for its named dimensions, as in ``spec.concrete(batch=2)``."""
-        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+        return tuple(size_of(size, sizes) for size in self.shape)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its first dimension counts rows; else it is the same for all rows, as positions are."""
+        return bool(self.shape) and self.shape[0] == ROWS
+
+
+def size_of(size: int | str, sizes: Mapping[str, int]) -> int:
+    """One size of a shape, with sizes for its names."""
+    if isinstance(size, int):
+        return size
+    return math.prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in size.split("*"))
+
+
+def times(size: int | str, factor: int) -> int | str:
+    """A size of a shape, multiplied: ``times("8*height", 8)`` is ``"64*height"``."""
+    if isinstance(size, int):
+        return size * factor
+    own, _, name = size.rpartition("*")
+    return f"{int(own or 1) * factor}*{name}"
+
+
+def sizes_in(spec: GraphSpec, tensors: Mapping[str, Any]) -> dict[str, int]:
+    """The size of each dimension that one of a graph's inputs names, read from the tensors that are given.
+
+    Args:
+        spec: the graph.
+        tensors: by name; others than the graph's inputs, and those of another rank, do not count.
+    """
+    found: dict[str, int] = {}
+    for tensor in spec.inputs:
+        value = tensors.get(tensor.name)
+        if value is None or len(value.shape) != len(tensor.shape):
+            continue
+        for size, actual in zip(tensor.shape, value.shape, strict=True):
+            if isinstance(size, str) and len(names := list(names_in(size))) == 1:
+                found.setdefault(names[0], actual // size_of(size, {names[0]: 1}))
+    return found
+
+
+def names_in(size: int | str) -> Iterator[str]:
+    """The names in one size of a shape."""
+    if isinstance(size, str):
+        yield from (factor for factor in size.split("*") if not factor.isdecimal())
 
 
 @dataclass(frozen=True)
@@ -93,6 +149,10 @@ class GraphSpec:
     def cache_outputs(self) -> tuple[TensorSpec, ...]:
         """The outputs that become caches, in graph order."""
         return tuple(tensor for tensor in self.outputs if tensor.name.startswith(CACHE_PREFIX))
+
+    def sizes(self, rows: int) -> dict[str, int]:
+        """A size for each dimension: so many rows, and the optimum of the others."""
+        return {name: bounds.optimum for name, bounds in self.dimensions.items()} | {ROWS: rows}
 
     def shapes_within_bounds(self, tensor: TensorSpec) -> list[tuple[int, ...]]:
         """The minimum, optimum and maximum shape of one of this graph's tensors."""
@@ -138,6 +198,15 @@ CACHE_PREFIX = "cache."
 
 ROWS = "batch"
 """Name of the dimension that counts rows: two for each image under classifier-free guidance, else one."""
+
+TOKENS = "tokens"
+"""Name of the dimension that counts the tokens of an encoded prompt."""
+
+LONGEST_TEXT = Bounds(1, 77, 4096)
+"""Tokens for which a trace holds; an engine of TensorRT takes those of its profile."""
+
+HEIGHT, WIDTH = "height", "width"
+"""Names of the sides of a picture, in units of the smallest step by which a model's pictures can grow."""
 
 MAXIMUM_ROWS = 63
 """Largest batch for which a trace holds: from 64 rows on, diffusers' `Upsample2D` takes another path."""

@@ -16,7 +16,12 @@ SELF_ATTENTION = "self_attention"
 DEEP_FEATURES = "deep_features"
 """Of a UNet: what its upper part receives from the deeper one. Each branch is a kind of its own, see `deep_features`."""
 
-TAPPED_MODULES = {"attn2": CROSS_ATTENTION, "attn1": SELF_ATTENTION}
+TAPPED_MODULES = {
+    "attn2": CROSS_ATTENTION,
+    "attn1": SELF_ATTENTION,
+    "cross_attention": CROSS_ATTENTION,
+    "self_attention": SELF_ATTENTION,
+}
 """Kind of tap, by the attribute of diffusers' transformer blocks that holds the attention module.
 
 The tapped value is the module's output, after ``to_out`` and before the residual sum, as in the official code.
@@ -103,22 +108,6 @@ def is_of_denoiser(graph: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def tap_of(module_path: str, tapped: tuple[str, ...]) -> str | None:
-    """The name of a module's tap, or None if the module is not tapped.
-
-    ``down_blocks.1.attentions.0.transformer_blocks.0.attn2`` carries the tap
-    ``cross_attention.down_blocks.1.attentions.0.transformer_blocks.0``.
-
-    Args:
-        module_path: path of the module in the denoiser.
-        tapped: the tapped attributes, of `TAPPED_MODULES`.
-    """
-    block, _, attribute = module_path.rpartition(".")
-    if attribute not in tapped or ".transformer_blocks." not in f".{block}":
-        return None
-    return f"{TAPPED_MODULES[attribute]}.{block}"
 
 
 def kind_of(tap: str) -> str:

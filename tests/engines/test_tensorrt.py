@@ -106,8 +106,9 @@ def sd_like_bundle(tmp_path: Path) -> Bundle:
     """A manifest that names a plan, which is not read."""
     manifest = Manifest(
         model=BuiltFrom("tiny", ModelReference("tiny"), "unet", 77, (), {"content": "c", "files": {}, "seed": None, "revision": None}),
-        built_for=BuiltFor("fp32", 64, 64, Bounds(1, 1, 1), fuse_cache_reuse=True),
+        built_for=BuiltFor("fp32", Bounds(64, 64, 64), Bounds(64, 64, 64), Bounds(1, 1, 1), True, Bounds(1, 77, 231)),
         built_with={},
+        signature=SPEC,
         graphs={"fidelity": SPEC},
         engines={"tensorrt-rtx": EngineSet({"fidelity": "fidelity.plan"})},
         verification={},

@@ -18,7 +18,7 @@ from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 from tgate_trt.errors import BuildError
 from tgate_trt.export.components import run_component, trace_component
 from tgate_trt.export.verify import random_inputs, relative_error
-from tgate_trt.specs import ROWS, Bounds, GraphSpec
+from tgate_trt.specs import ROWS, Bounds, GraphSpec, TensorSpec
 
 
 @pytest.fixture
@@ -28,9 +28,16 @@ def folder(tiny_sd: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def built(side: int, images: int) -> tuple[BuiltFor, int, GraphSpec]:
+    """What a component's spec is made from: pictures of one size."""
+    size, latent = Bounds(side, side, side), side // 8
+    signature = GraphSpec("denoiser", (TensorSpec("sample", "float32", (ROWS, 4, latent, latent)),), ())
+    return BuiltFor("fp32", size, size, Bounds(1, 1, images), True, Bounds(1, 77, 231)), 77, signature
+
+
 def component_of(folder: Path, graph: str) -> tuple[Component, GraphSpec]:
     component = components_of(folder / PIPELINE)[graph]
-    return component, component.spec(BuiltFor("fp32", 64, 64, Bounds(1, 1, 2), fuse_cache_reuse=True), 77)
+    return component, component.spec(*built(64, 2))
 
 
 def difference(folder: Path, graph: str) -> float:
@@ -46,7 +53,7 @@ def difference(folder: Path, graph: str) -> float:
 def test_a_large_picture_is_traced(folder: Path) -> None:
     """From 2³¹ numbers in a feature map on, diffusers takes another path: here from 9 pictures, in SDXL at 1024² from 17."""
     component = components_of(folder / PIPELINE)["vae_decoder"]
-    spec = component.spec(BuiltFor("fp32", 8192, 8192, Bounds(1, 1, 8), fuse_cache_reuse=True), 77)
+    spec = component.spec(*built(8192, 8))
     model = trace_component(component.wrap(component.on_meta(torch.float32)), spec.inputs, 8)
     assert [str(value.shape) for value in model.graph.outputs] == [f"[{ROWS},3,8192,8192]"]
 

@@ -66,7 +66,7 @@ def _seconds_of_call(subject: Subject, graph: str, rows: int) -> float:
     engine = subject.gated.engine_of(graph)
     generator = torch.Generator().manual_seed(0)
     given, written = (
-        {name: tensor.to(engine.device) for name, tensor in random_inputs(specs, rows, generator).items()}
+        {name: tensor.to(engine.device) for name, tensor in random_inputs(specs, engine.spec.sizes(rows), generator).items()}
         for specs in (engine.spec.inputs, engine.spec.outputs)
     )
     samples = [_seconds(lambda: engine.run(given, written), engine.device) for _ in range(_WARM_UP + 2 * _REPEATS)]

@@ -131,8 +131,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "model": manifest.model.name,
         "random_weights": manifest.model.reference.random_seed is not None,
         "content": manifest.model.content,
-        **vars(manifest.built_for),
-        "batch_size": str(manifest.built_for.batch_size),
+        **manifest.built_for.described(),
         "built_with": dict(manifest.built_with),
         "engines": {
             backend: {"options": engines.options, "built_with": dict(engines.built_with)} for backend, engines in manifest.engines.items()

@@ -133,5 +133,5 @@ def _batch_size(bundle: Bundle, backend: str) -> int:
     most = built_for.batch_size.maximum
     if backend not in UNCOMPILED:
         return most
-    pixels = built_for.height * built_for.width
+    pixels = built_for.height.optimum * built_for.width.optimum
     return min(max(most, _PIXELS // pixels), MAXIMUM_ROWS // 2)

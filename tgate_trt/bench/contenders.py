@@ -191,7 +191,7 @@ class Studio:
     def macs(self, graph: str, rows: int) -> Macs:
         """Multiply-accumulates of one call of a graph."""
         if (graph, rows) not in self._macs:
-            self._macs[graph, rows] = macs_of_graph(self.bundle.folder / f"{graph}.onnx", rows)
+            self._macs[graph, rows] = macs_of_graph(self.bundle.folder / f"{graph}.onnx", self.bundle.manifest.signature.sizes(rows))
         return self._macs[graph, rows]
 
     def _loader(self, backend: str) -> EngineLoader:

@@ -124,7 +124,8 @@ def _steps(task: Task) -> dict[str, Any]:
     logger.info("%s step …", task.graph)
     load = os.getloadavg()[0]
     found = children.run(_step, task, f"a {task.graph} step", "if memory ran out, free some, or measure at a smaller size")
-    macs = macs_of_graph(Path(task.bundle) / f"{task.graph}.onnx", task.rows)
+    sizes = Bundle.open(task.bundle).graph(task.graph).sizes(task.rows)
+    macs = macs_of_graph(Path(task.bundle) / f"{task.graph}.onnx", sizes)
     result = {"rows": task.rows, "macs": asdict(macs), "load_average_before": load, **found}
     logger.info("%s step: %.3g s", task.graph, result["seconds"]["median"])
     return result
@@ -137,7 +138,9 @@ def _step(task: Task) -> dict[str, Any]:
         bundle, start = Bundle.open(task.bundle), time.perf_counter()
         engine = load_engine(bundle, task.graph, backend=ONNXRUNTIME, device=torch.device("cpu"), threads=task.threads)
         loading = time.perf_counter() - start
-        inputs, outputs = (random_inputs(tensors, task.rows, generator) for tensors in (engine.spec.inputs, engine.spec.outputs))
+        inputs, outputs = (
+            random_inputs(tensors, engine.spec.sizes(task.rows), generator) for tensors in (engine.spec.inputs, engine.spec.outputs)
+        )
         engine.run(inputs, outputs)
     wall, cpu = _samples(lambda: engine.run(inputs, outputs))
     return {"load_seconds": loading, "seconds": spread(wall), "cpu_seconds": spread(cpu), "memory": memory.to_json()}

@@ -23,7 +23,6 @@ from tgate_trt.export.verify import random_inputs
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.kernels import ahead_of_time, cached_residual_layer_norm, geglu, group_norm, hand_off
 from tgate_trt.kernels.language import HAS_TRITON
-from tgate_trt.specs import ROWS
 from tgate_trt.taps import recipe
 
 EPSILON = 1e-5
@@ -276,8 +275,8 @@ def fusion(bundle: Bundle, rounds: int, device: torch.device) -> dict[str, Any]:
     weights = load_file(bundle.folder / WEIGHTS_FILE, device=str(device))
     dtype = next(iter(weights.values())).dtype
     spec = bundle.graph("fidelity")
-    inputs = {name: value.to(device) for name, value in random_inputs(spec.inputs, 1, torch.Generator().manual_seed(0)).items()}
-    outputs = {"noise_pred": torch.empty(spec.outputs[0].concrete(**{ROWS: 1}), dtype=dtype, device=device)}
+    inputs = {name: value.to(device) for name, value in random_inputs(spec.inputs, spec.sizes(1), torch.Generator().manual_seed(0)).items()}
+    outputs = {"noise_pred": torch.empty(spec.outputs[0].concrete(**spec.sizes(1)), dtype=dtype, device=device)}
     engines = {
         name: PyTorchEngine(
             bundle.denoiser_on_meta(dtype), weights, spec, recipe("fidelity"), device, PyTorchOptions(fuse_cache_reuse=name == "fused")

@@ -55,7 +55,7 @@ def measure(bundle: Bundle, backends: Sequence[str], images: int, rounds: int, d
 def _step(engine: Engine, rows: int) -> Any:
     """A function that takes the seconds of a step of random inputs."""
     generator = torch.Generator().manual_seed(0)
-    tensors = (random_inputs(specs, rows, generator) for specs in (engine.spec.inputs, engine.spec.outputs))
+    tensors = (random_inputs(specs, engine.spec.sizes(rows), generator) for specs in (engine.spec.inputs, engine.spec.outputs))
     inputs, outputs = ({name: tensor.to(engine.device) for name, tensor in found.items()} for found in tensors)
     return partial(seconds_of, partial(engine.run, inputs, outputs), engine.device)
 
@@ -67,6 +67,6 @@ def _rows(graph: str, images: int) -> int:
 def _result(bundle: Bundle, graph: str, images: int, own: Sequence[float], vanilla: Sequence[float]) -> dict[str, Any]:
     work = {}
     for each in (graph, GRAPHS[0]):
-        macs = macs_of_graph(bundle.folder / graph_file(each), _rows(each, images))
+        macs = macs_of_graph(bundle.folder / graph_file(each), bundle.graph(each).sizes(_rows(each, images)))
         work[each] = macs.linear + macs.sdpa
     return {"rows": _rows(graph, images), "seconds": spread(own), "ratio": ratios(own, vanilla), "bound": work[graph] / work[GRAPHS[0]]}

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from tgate_trt.building.engine_verification import verify_engines
 from tgate_trt.building.engines import EngineRequest, build_engines, request_of, stale_engine_reasons
-from tgate_trt.building.graphs import write_component_graph, write_graph, write_trace
+from tgate_trt.building.graphs import signature_of, write_component_graph, write_graph, write_trace
 from tgate_trt.building.request import BuildOptions, Request
 from tgate_trt.building.staleness import missing_parts, stale_reasons, toolchain
 from tgate_trt.building.verification import Task, verify_in_child
@@ -99,7 +99,8 @@ def _build(source: ModelSource, request: Request, target: Path, *, force: bool) 
 def default_output(source: ModelSource, request: Request) -> Path:
     """The folder of a bundle without ``--output``."""
     built_for = request.built_for
-    return Path("bundles") / f"{source.name}-{built_for.width}x{built_for.height}-{built_for.precision}"
+    width, height = (str(side.optimum) if side.is_one else f"{side.minimum}-{side.maximum}" for side in (built_for.width, built_for.height))
+    return Path("bundles") / f"{source.name}-{width}x{height}-{built_for.precision}"
 
 
 def add_graph(bundle: Bundle, name: str) -> Bundle:
@@ -150,6 +151,7 @@ def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: Fin
         ),
         built_for=built_for,
         built_with=toolchain(),
+        signature=signature_of(source, built_for),
         graphs={},
         engines={},
         verification={},
@@ -157,6 +159,7 @@ def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: Fin
         gate_noise=source.gate_step and level_of_gate(read_scheduler(folder / PIPELINE), source.steps, source.gate_step),
         steps=source.steps,
         guidance_scale=source.guidance_scale,
+        after_gate=source.after_gate,
     )
 
 
@@ -196,7 +199,7 @@ def _denoiser_graphs(folder: Path, request: Request, manifest: Manifest) -> dict
     if not new:
         return {}
     trace = ir.load(folder / TRACE)
-    return {name: _timed(f"{name} graph", partial(write_graph, folder, trace, name, request.built_for)) for name in new}
+    return {name: _timed(f"{name} graph", partial(write_graph, folder, trace, name, request.built_for, manifest.signature)) for name in new}
 
 
 def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dict[str, GraphSpec]:
@@ -206,7 +209,7 @@ def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dic
     written = {}
     for graph, component in components_of(folder / PIPELINE).items():
         if graph not in manifest.graphs:
-            spec = component.spec(manifest.built_for, manifest.model.text_tokens)
+            spec = component.spec(manifest.built_for, manifest.model.text_tokens, manifest.signature)
             _timed(f"{graph} graph", partial(write_component_graph, component, folder, spec))
             written[graph] = spec
     return written

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tgate_trt import children
-from tgate_trt.building.verification import Reference, component_reference, kept
+from tgate_trt.building.verification import Reference, component_reference, kept, sizes_to_compare
 from tgate_trt.bundle.backends import ONNXRUNTIME, why_not
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import component_of
@@ -27,10 +27,8 @@ from tgate_trt.eager import run_recipe
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import UnsupportedError
 from tgate_trt.export.verify import cases_of, compare
-from tgate_trt.files import read_json
-from tgate_trt.models.signature import signature
 from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
-from tgate_trt.specs import ROWS, TensorSpec
+from tgate_trt.specs import ROWS
 from tgate_trt.taps import is_of_denoiser, recipe
 
 logger = logging.getLogger(__name__)
@@ -120,7 +118,13 @@ def _verify(bundle: Bundle, graph: str, backends: Sequence[str]) -> dict[str, Re
     profile = spec.dimensions[ROWS]
     rows = sorted({min(max(size, profile.minimum), profile.maximum) for size in (*reference.rows, profile.optimum)})
     inputs = (*reference.signature, *spec.inputs)
-    cases = cases_of(reference.load, reference.run, inputs, rows=rows, vocabulary=reference.vocabulary)
+    cases = cases_of(
+        reference.load,
+        reference.run,
+        inputs,
+        rows=sizes_to_compare(bundle.manifest.signature if is_of_denoiser(graph) else spec, rows),
+        vocabulary=reference.vocabulary,
+    )
     found: dict[str, Report | str] = {}
     for backend in backends:
         try:
@@ -143,24 +147,9 @@ def _reference(bundle: Bundle, graph: str) -> Reference:
     return Reference(
         lambda: eager_denoiser(loras, torch.float32),
         lambda denoiser, inputs: run_recipe(denoiser, recipe(graph), inputs),
-        _signature(bundle, graph),
+        bundle.manifest.signature.inputs,
         (1, 2),
         built_for.precision,
-    )
-
-
-def _signature(bundle: Bundle, graph: str) -> tuple[TensorSpec, ...]:
-    """All inputs of the denoiser, of which a graph may lack some."""
-    manifest, config = bundle.manifest, read_json(bundle.pipeline / bundle.manifest.model.attribute / "config.json")
-    (sample,) = (tensor for tensor in bundle.graph(graph).inputs if tensor.name == "sample")
-    height, width = manifest.built_for.height, manifest.built_for.width
-    return signature(
-        config,
-        height=height,
-        width=width,
-        vae_scale_factor=height // int(sample.shape[2]),
-        text_tokens=manifest.model.text_tokens,
-        dtype=sample.dtype,
     )
 
 

@@ -20,7 +20,7 @@ from tgate_trt.export.fuse import fuse_cache_reuse
 from tgate_trt.export.trace import trace
 from tgate_trt.models.resolve import resolve_again
 from tgate_trt.models.source import ModelReference, ModelSource
-from tgate_trt.specs import ROWS, GraphSpec
+from tgate_trt.specs import LONGEST_TEXT, ROWS, TOKENS, GraphSpec
 from tgate_trt.taps import recipe
 
 logger = logging.getLogger(__name__)
@@ -58,18 +58,36 @@ def trace_again(task: Task) -> None:
 
 def _trace(source: ModelSource, folder: Path, built_for: BuiltFor) -> None:
     denoiser = nn.Module.to(source.denoiser_on_meta(), torch_dtype(built_for.precision))
-    signature = source.signature(built_for.height, built_for.width, built_for.precision)
-    _save(trace(denoiser, signature), folder, TRACE)
+    spec = signature_of(source, built_for)
+    others = {name: LONGEST_TEXT if name == TOKENS else bounds for name, bounds in spec.dimensions.items() if name != ROWS}
+    _save(trace(denoiser, spec.inputs, others, spec.dimensions[ROWS].maximum), folder, TRACE)
 
 
-def write_graph(folder: Path, traced: ir.Model, name: str, built_for: BuiltFor) -> GraphSpec:
+def signature_of(source: ModelSource, built_for: BuiltFor) -> GraphSpec:
+    """The inputs of the whole denoiser in a bundle.
+
+    Raises:
+        InputError: if the model cannot make pictures of these sizes.
+        UnsupportedError: if it takes conditions that the graphs lack.
+    """
+    return source.spec(built_for.height, built_for.width, built_for.precision, built_for.text_tokens, built_for.controls)
+
+
+def write_graph(folder: Path, traced: ir.Model, name: str, built_for: BuiltFor, signature: GraphSpec) -> GraphSpec:
     """Cut a graph from the trace and save it, its parameters in the weights file beside it.
+
+    Args:
+        folder: of the bundle.
+        traced: the trace.
+        name: of the graph.
+        built_for: what the bundle is for.
+        signature: inputs of the whole denoiser, with the bounds of every dimension.
 
     Returns:
         What the graph takes and gives.
     """
     model = cut(traced, recipe(name))
-    spec = spec_of(model, name, built_for.rows(name))
+    spec = spec_of(model, name, built_for.rows(name), signature.dimensions)
     if spec.cache_inputs and built_for.fuse_cache_reuse:
         places = fuse_cache_reuse(model)
         logger.info("%s: the reuse of the cache is one op at %d of %d places", name, places, len(spec.cache_inputs))
@@ -85,6 +103,7 @@ def _save(model: ir.Model, folder: Path, name: str) -> None:
 def write_component_graph(component: Component, folder: Path, spec: GraphSpec) -> None:
     """Trace a component without its weights, and save its graph in the bundle's folder."""
     architecture = component.on_meta(torch_dtype(spec.outputs[0].dtype))
-    model = trace_component(component.wrap(architecture), spec.inputs, spec.dimensions[ROWS].maximum)
+    others = {name: bounds for name, bounds in spec.dimensions.items() if name != ROWS}
+    model = trace_component(component.wrap(architecture), spec.inputs, spec.dimensions[ROWS].maximum, others)
     weights.attach(model, folder, component.weight_files(folder), names_in_files, "build with --no-components")
     ir.save(model, folder / graph_file(component.graph))

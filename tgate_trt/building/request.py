@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from tgate_trt.building.engines import EngineRequest
+from tgate_trt.building.graphs import signature_of
 from tgate_trt.bundle.backends import BACKENDS, ONNXRUNTIME, PYTORCH, UNCOMPILED
 from tgate_trt.bundle.manifest import BuiltFor
 from tgate_trt.engines.tensorrt_builder import PlanOptions
@@ -16,8 +17,9 @@ from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.gate.actions import graphs_of, substitute
 from tgate_trt.gate.gate import Gate, gate_of
 from tgate_trt.models.lora import LoraFile
+from tgate_trt.models.signature import CONTROLS, maximum_rows
 from tgate_trt.models.source import ModelSource
-from tgate_trt.specs import MAXIMUM_ROWS, PRECISIONS, Bounds
+from tgate_trt.specs import PRECISIONS, Bounds
 from tgate_trt.taps import LAYERS_OF_A_BRANCH, branch_of, recipe
 
 FUSIONS = ("plugin", "function", "off")
@@ -33,12 +35,14 @@ class BuildOptions(TypedDict, total=False):
     Runtime."""
     precision: str | None
     """``"fp32"`` or ``"fp16"``; if None, fp32 for ONNX Runtime, and for PyTorch without a GPU; else fp16."""
-    height: int | None
-    """Of the picture in pixels; the model's own if None."""
-    width: int | None
-    """Of the picture in pixels; the model's own if None."""
+    height: int | str | None
+    """Of the picture in pixels, or a range of sizes, ``"512:768:1024"``; the model's own if None."""
+    width: int | str | None
+    """Of the picture in pixels, likewise."""
     batch_size: str
     """Images of a run, ``"MIN:OPT:MAX"``; ``"1:1:1"`` by default."""
+    controls: Sequence[str]
+    """What may add to the denoiser's hidden states: ``"controlnet"``, ``"t2i-adapter"``; their inputs become inputs of the graphs."""
     gates: Sequence[str | Gate]
     """Gates, or their text forms, that the bundle shall be able to run: the graphs that they need are cut besides ``graphs``."""
     graphs: Sequence[str] | None
@@ -92,8 +96,6 @@ class Request:
             InputError: if a value is impossible.
             UnsupportedError: if this version does not build it.
         """
-        if source.denoiser_attribute != "unet":
-            raise UnsupportedError(f"{source.name} is a transformer; this version builds UNets")
         fusion = options.get("fuse_cache_reuse")
         if fusion is not None and fusion not in FUSIONS:
             raise InputError(f"--fuse-cache-reuse is one of {', '.join(FUSIONS)}, got {fusion!r}")
@@ -106,11 +108,18 @@ class Request:
         )
         graphs = _graphs(options.get("graphs"), [gate_of(gate) for gate in options.get("gates") or ()], engines)
         _refuse_branches(graphs, LAYERS_OF_A_BRANCH * len(source.denoiser_config().get("up_block_types", ())))
-        height, width = options.get("height") or source.height, options.get("width") or source.width
-        precision = _precision(options.get("precision"), engines.backends)
-        source.signature(height, width, precision)
+        built_for = BuiltFor(
+            _precision(options.get("precision"), engines.backends),
+            _side(options.get("height") or source.height),
+            _side(options.get("width") or source.width),
+            _images(options.get("batch_size", "1:1:1"), maximum_rows(source.denoiser_config())),
+            fusion != "off",
+            Bounds(1, source.text_tokens, _PROMPTS * source.text_tokens),
+            _controls(options.get("controls") or ()),
+        )
+        signature_of(source, built_for)
         request = cls(
-            BuiltFor(precision, height, width, _images(options.get("batch_size", "1:1:1")), fuse_cache_reuse=fusion != "off"),
+            built_for,
             graphs,
             engines,
             options.get("verify", True),
@@ -174,9 +183,31 @@ def _precision(precision: str | None, backends: Sequence[str]) -> str:
     return precision
 
 
-def _images(batch_size: str) -> Bounds:
-    """The images that a run may have."""
+_PROMPTS = 3
+"""Prompts of the model's own length that a profile of TensorRT takes in one, as tools that weight prompts give them."""
+
+
+def _images(batch_size: str, rows: int) -> Bounds:
+    """The images that a run may have, where a trace holds for so many rows."""
     images = Bounds.parse(batch_size)
-    if 2 * images.maximum > MAXIMUM_ROWS:
-        raise InputError(f"a run may have at most {MAXIMUM_ROWS // 2} images, got batch size {images}")
+    if 2 * images.maximum > rows > 1:
+        raise InputError(f"a run may have at most {rows // 2} images, got batch size {images}")
     return images
+
+
+def _side(size: int | str) -> Bounds:
+    """A side of the picture in pixels, or a range of it."""
+    return Bounds.parse(str(size))
+
+
+def _controls(names: str | Sequence[str]) -> tuple[str, ...]:
+    """What may add to the hidden states.
+
+    Raises:
+        InputError: if there is no such control.
+    """
+    names = names.split(",") if isinstance(names, str) else names
+    for name in names:
+        if name not in CONTROLS:
+            raise InputError(f"--control is one of {', '.join(CONTROLS)}, got {name!r}")
+    return tuple(sorted(set(names)))

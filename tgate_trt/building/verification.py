@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tgate_trt import children
+from tgate_trt.building.graphs import signature_of
 from tgate_trt.bundle.components import components_of
 from tgate_trt.bundle.manifest import PIPELINE, BuiltFor, Check, Report, graph_file
 from tgate_trt.eager import run_recipe
@@ -54,19 +55,29 @@ def verify(task: Task) -> Report:
 
     spec = task.spec
     reference = _denoiser(task) if is_of_denoiser(spec.name) else _component(task)
-    every_row = dataclasses.replace(spec, dimensions={ROWS: Bounds(1, 1, MAXIMUM_ROWS)})
+    every_row = dataclasses.replace(spec, dimensions={**spec.dimensions, ROWS: Bounds(1, 1, MAXIMUM_ROWS)})
+    widest = signature_of(resolve_again(task.model), task.built_for) if is_of_denoiser(spec.name) else spec
     report = compare(
         reference.load,
         lambda: OnnxRuntimeEngine(task.folder / graph_file(spec.name), every_row, device=torch.device("cpu")).run,
         spec,
         reference.run,
         reference.signature,
-        rows=reference.rows,
+        rows=sizes_to_compare(widest, reference.rows),
         precision=reference.precision,
         vocabulary=reference.vocabulary,
     )
     report.raise_if_wrong()
     return kept(report)
+
+
+def sizes_to_compare(spec: GraphSpec, rows: Sequence[int]) -> list[dict[str, int]]:
+    """Sizes at which a graph is compared: its optimum at each number of rows, and the ends of all other ranges at the first one."""
+    sizes = [spec.sizes(each) for each in rows]
+    if len(spec.dimensions) > 1:
+        ends = [{name: getattr(bounds, end) for name, bounds in spec.dimensions.items()} for end in ("minimum", "maximum")]
+        sizes += [{**end, ROWS: rows[0]} for end in ends]
+    return sizes
 
 
 def kept(report: Comparisons) -> Report:
@@ -95,7 +106,7 @@ def _denoiser(task: Task) -> Reference:
     return Reference(
         lambda: source.load_denoiser(torch.float32),
         lambda denoiser, inputs: run_recipe(denoiser, recipe(task.spec.name), inputs),
-        source.signature(built_for.height, built_for.width, built_for.precision),
+        signature_of(source, built_for).inputs,
         (1, 2) if source.is_large else (1, 2, 3),
         built_for.precision,
     )
@@ -126,7 +137,7 @@ def component_reference(pipeline: Path, spec: GraphSpec, built_for: BuiltFor, ch
         load,
         lambda model, inputs: run_component(component.wrap(model), inputs),
         spec.inputs,
-        (1,) if built_for.height * built_for.width >= _LARGE_PICTURE else (1, 2),
+        (1,) if built_for.height.optimum * built_for.width.optimum >= _LARGE_PICTURE else (1, 2),
         component.precision(built_for.precision),
         component.config.get("vocab_size", 1),
     )

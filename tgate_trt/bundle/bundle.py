@@ -81,8 +81,12 @@ class Bundle:
 
     def denoiser_on_meta(self, dtype: torch.dtype) -> nn.Module:
         """The denoiser's architecture on the ``meta`` device, with the attributes that a pipeline reads."""
-        config = read_json(self.pipeline / self.manifest.model.attribute / "config.json")
+        config = self.denoiser_config()
         return nn.Module.to(on_meta(config["_class_name"], config), dtype).requires_grad_(False)
+
+    def denoiser_config(self) -> dict[str, Any]:
+        """The denoiser's configuration, with its class."""
+        return read_json(self.pipeline / self.manifest.model.attribute / "config.json")
 
     def graph(self, name: str) -> GraphSpec:
         """The spec of a graph.

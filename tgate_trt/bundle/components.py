@@ -18,7 +18,7 @@ from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import read_json
 from tgate_trt.models.signature import precision_of_component
 from tgate_trt.models.source import INDEX
-from tgate_trt.specs import DTYPES, ROWS, GraphSpec, TensorSpec
+from tgate_trt.specs import DTYPES, HEIGHT, ROWS, WIDTH, GraphSpec, TensorSpec, times
 from tgate_trt.taps import is_of_denoiser
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -59,19 +59,21 @@ class Component:
         """That of its graph in a bundle of a precision."""
         return precision_of_component(self.config, precision)
 
-    def spec(self, built_for: BuiltFor, tokens: int) -> GraphSpec:
-        """What its graph takes and gives, for prompts of so many tokens."""
-        dtype, height, width = DTYPES[self.precision(built_for.precision)], built_for.height, built_for.width
+    def spec(self, built_for: BuiltFor, tokens: int, signature: GraphSpec) -> GraphSpec:
+        """What its graph takes and gives, for prompts of so many tokens, and for the latents of a denoiser of that signature."""
+        dtype, others = DTYPES[self.precision(built_for.precision)], {}
         if self.graph == VAE_DECODER:
             factor = 2 ** (len(self.config["block_out_channels"]) - 1)
-            takes = TensorSpec("latents", dtype, (ROWS, self.config.get("latent_channels", 4), height // factor, width // factor))
-            gives = [TensorSpec(PIXELS, dtype, (ROWS, self.config.get("out_channels", 3), height, width))]
+            sides = next(tensor for tensor in signature.inputs if tensor.name == "sample").shape[2:]
+            takes = TensorSpec("latents", dtype, (ROWS, self.config.get("latent_channels", 4), *sides))
+            gives = [TensorSpec(PIXELS, dtype, (ROWS, self.config.get("out_channels", 3), *(times(side, factor) for side in sides)))]
+            others = {name: bounds for name, bounds in signature.dimensions.items() if name in (HEIGHT, WIDTH)}
         else:
             takes = TensorSpec("input_ids", "int64", (ROWS, tokens))
             states = (ROWS, tokens, self.config["hidden_size"])
             shapes = {LAST: states, PENULTIMATE: states, POOLED: (ROWS, self.config.get("projection_dim", 512))}
             gives = [TensorSpec(name, dtype, shapes[name]) for name in self.outputs]
-        return GraphSpec(self.graph, (takes,), tuple(gives), {ROWS: built_for.batch_size})
+        return GraphSpec(self.graph, (takes,), tuple(gives), {ROWS: built_for.batch_size, **others})
 
     def on_meta(self, dtype: torch.dtype) -> nn.Module:
         """Its architecture without weights, in eval mode."""

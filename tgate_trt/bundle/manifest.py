@@ -21,7 +21,7 @@ from tgate_trt.models.source import ModelReference
 from tgate_trt.specs import PRECISIONS, Bounds, GraphSpec
 from tgate_trt.taps import CROSS_ATTENTION, recipe
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the manifest's form; a bundle of another one is built again."""
 
 MANIFEST = "manifest.json"
@@ -90,14 +90,23 @@ class BuiltFor:
 
     precision: Precision
     """Of `tgate_trt.specs.PRECISIONS`."""
-    height: Count
-    """Pixels."""
-    width: Count
-    """Pixels."""
+    height: BoundsText
+    """Pixels; of one size, or of a range."""
+    width: BoundsText
+    """Pixels, likewise."""
     batch_size: BoundsText
     """Images of a run."""
     fuse_cache_reuse: bool
     """Whether the reuse of the cache is one op of the graphs, not an addition and a norm."""
+    text_tokens: BoundsText
+    """Of an encoded prompt."""
+    controls: tuple[str, ...] = ()
+    """What may add to the denoiser's hidden states, of `tgate_trt.models.signature.CONTROLS`."""
+
+    def described(self) -> dict[str, Any]:
+        """Its fields as people read them: one number for a range of one size, and nothing for no controls."""
+        found = {name: value.short if isinstance(value, Bounds) else value for name, value in vars(self).items()}
+        return found | {"controls": ", ".join(self.controls) or "none"}
 
     def rows(self, graph: str) -> Bounds:
         """Rows of a denoiser's graph: those that take in cross-attention run without guidance, the others with or without."""
@@ -203,6 +212,8 @@ class Manifest:
     built_for: BuiltFor
     built_with: Mapping[str, str]
     """Versions of the packages that made the graphs."""
+    signature: GraphData
+    """Inputs of the whole denoiser, of which a graph may lack some."""
     graphs: Mapping[str, GraphData]
     engines: Mapping[str, EngineSet]
     """By backend."""
@@ -217,6 +228,8 @@ class Manifest:
     guidance_scale: float | None
     """The model's default, or None for the pipeline's."""
     lora: tuple[HeldLora, ...] = ()
+    after_gate: str | None = None
+    """What the model's runs do from the gate on, or None for the method's own way."""
     gates: Mapping[str, str] = field(default_factory=dict)
     """Gates with names of their own, by name, in their text form."""
     files: Mapping[PlainPath, HeldFile] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def run(
     gate_step: Annotated[
         str | None, typer.Option(help="Counts, fractions and noise levels, with commas: 5,0.4,noise:1.35. [default: the bundle's own]")
     ] = None,
-    after_gate: Annotated[str, typer.Option(help="From the gate on, with commas: negative, positive, fading.")] = "negative",
+    after_gate: Annotated[str, typer.Option(help="From the gate on, with commas: negative, positive, positive-mean, fading.")] = "negative",
     gate: Annotated[
         list[str] | None,
         typer.Option(help="A whole gate, such as 10,sp=5,warm=2 or 7,after=positive,forecast=2, or a name in the bundle. Repeat it."),

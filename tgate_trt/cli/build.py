@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tgate_trt.cli.common import application, console, reporting
+from tgate_trt.models.architectures import names
 
 app = application()
 
@@ -23,9 +24,7 @@ def _gibibytes(text: str) -> int:
 @app.command()
 def build(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="shapes, sd15, sd21, sdxl, lcm-sdxl; a diffusers folder; a .safetensors checkpoint; or a hub id.")
-    ],
+    model: Annotated[str, typer.Option(help=f"{names()}; a diffusers folder; a .safetensors checkpoint; or a hub id.")],
     output: Annotated[Path | None, typer.Option(help="The bundle's folder. [default: bundles/MODEL-WIDTHxHEIGHT-PRECISION]")] = None,
     backend: Annotated[
         list[str] | None,
@@ -37,9 +36,17 @@ def build(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or fp16. [default: fp32 for onnxruntime, and for pytorch without a GPU; else fp16]")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the picture, in pixels. [default: the model's own]")] = None,
+    height: Annotated[
+        str | None, typer.Option(help="Of the picture, in pixels; MIN:OPT:MAX for a range. [default: the model's own]")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option(help="Of the picture, in pixels; MIN:OPT:MAX for a range. [default: the model's own]")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
+    controls: Annotated[
+        list[str] | None,
+        typer.Option("--control", help="What may add to the hidden states: controlnet, t2i-adapter. May be given several times."),
+    ] = None,
     gates: Annotated[
         list[str] | None,
         typer.Option("--gate", help="Gate that the bundle shall be able to run, such as 10,sp=5,warm=2. May be given several times."),

@@ -69,7 +69,7 @@ def _summary(bundle: Bundle) -> Table:
     weights = "its own weights" if seed is None else f"random weights, seed {seed}"
     rows = {
         "model": f"{manifest.model.name} ({weights}), content {manifest.model.content[:12]}",
-        "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(manifest.built_for).items()),
+        "built for": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.built_for.described().items()),
         "built with": ", ".join(f"{name} {version}" for name, version in manifest.built_with.items()),
         "draws": _draws(bundle),
         "predicts": _predicts(bundle),
@@ -94,8 +94,9 @@ def _draws(bundle: Bundle) -> str:
     """Size of the pictures, length of the prompts and number of images of a run."""
     manifest = bundle.manifest
     images = manifest.built_for.batch_size
+    size = f"{manifest.built_for.width.short}×{manifest.built_for.height.short}"
     return (
-        f"pictures of {manifest.built_for.width}×{manifest.built_for.height} pixels, prompts of {manifest.model.text_tokens} tokens, "
+        f"pictures of {size} pixels, prompts of {manifest.model.text_tokens} tokens, "
         f"{images.minimum} to {images.maximum} images in one run of TensorRT engines, {MAXIMUM_ROWS // 2} at most of the others"
     )
 

@@ -5,6 +5,7 @@ The last guided step has two predictions, the negative's ``n`` and the positive'
 - ``negative`` is T-GATE (arXiv 2404.02747): the caches' mean, the negative half's conditions, and guidance ends.
 - ``positive`` keeps the positive half: its own caches and its own conditions, and guidance ends (Adaptive Guidance,
   arXiv 2312.12487; Step AG, arXiv 2506.08351).
+- ``positive-mean`` is ``positive`` with the caches' mean: the official code's way for image to video (``SVD.py`` of ``tgate``).
 - ``fading`` is ``positive`` with guidance that fades out instead of ending: it keeps the difference ``p − n`` of the last
   guided step, and the pipeline's scale acts on that, with a weight that falls step by step (FasterCache, arXiv 2410.19355,
   keeps such a difference too).
@@ -45,6 +46,7 @@ DEFAULT_AFTER_GATE = "negative"
 AFTER_GATE: Mapping[str, AfterGate] = {
     "negative": AfterGate(half=0, averages=True),
     "positive": AfterGate(half=1, averages=False),
+    "positive-mean": AfterGate(half=1, averages=True),
     "fading": AfterGate(half=1, averages=False, fades=True),
 }
 """Every mode, by the name that `tgate_trt.load` and the commands take."""

@@ -54,7 +54,7 @@ def _value(owner: nn.Module, attribute: str, shape: torch.Size, generator: np.ra
     """Draw one parameter; the kind of its layer decides how far its values spread."""
     if isinstance(owner, nn.Embedding):
         return _uniform(shape, 0, _EMBEDDING_DEVIATION * math.sqrt(3), generator)
-    if isinstance(owner, nn.Linear | nn.Conv2d):
+    if isinstance(owner, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d):
         return _uniform(shape, 0, 1 / math.sqrt(owner.weight.shape[1:].numel()), generator)
     if len(shape) == 1:  # a norm, or T5's root mean square norm, which is of a class of its own
         return _uniform(shape, 1 if attribute == "weight" else 0, _NORM_SPREAD, generator)

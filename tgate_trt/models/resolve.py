@@ -18,12 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from tgate_trt.errors import InputError, UnsupportedError
-from tgate_trt.files import read_json
+from tgate_trt.files import read_json, write_json
 from tgate_trt.models.architectures import ARCHITECTURES, Architecture
 from tgate_trt.models.hub import download_denoiser, download_pipeline
 from tgate_trt.models.lora import LoraFile
 from tgate_trt.models.single_file import check_denoiser, configuration_of
-from tgate_trt.models.source import LEFT_OUT, Checkpoint, ModelReference, ModelSource, Random, Stored, normalised, read_index
+from tgate_trt.models.source import (
+    IMAGE_TO_VIDEO,
+    LEFT_OUT,
+    Checkpoint,
+    ModelReference,
+    ModelSource,
+    Random,
+    Stored,
+    normalised,
+    read_index,
+)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """What a denoiser may predict, by diffusers' names."""
@@ -33,10 +43,23 @@ _PICKLED = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 _DENOISERS = ("unet", "transformer")
 
-_PIXART_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
-"""Default ``max_sequence_length`` of the pipelines that do not read it from their tokenizer."""
+_LIBRARIES = ("diffusers", "transformers", "kolors", "stable_audio", None)
+"""Where the classes of a pipeline's components may come from: the third and the fourth are parts of diffusers' pipelines."""
 
-_DEFAULT_STEPS, _LCM_STEPS, _LCM_GATE_STEP, _PIXART_GATE_STEP = 25, 4, 2 / 4, 15 / 25
+_TOKENS = {
+    "PixArtAlphaPipeline": 120,
+    "PixArtSigmaPipeline": 300,
+    "SanaPipeline": 300,
+    "WanPipeline": 512,
+    "Cosmos2TextToImagePipeline": 512,
+    "KolorsPipeline": 256,
+    "HunyuanDiTPipeline": 77,
+    "StableAudioPipeline": 130,
+    "StableVideoDiffusionPipeline": 1,
+}
+"""Tokens of an encoded prompt in the pipelines that do not read them from their tokenizer: with Stable Audio's two of time."""
+
+_DEFAULT_STEPS, _LCM_STEPS, _LCM_GATE_STEP, _PIXART_GATE_STEP, _UNET_GATE_STEP = 25, 4, 2 / 4, 15 / 25, 10 / 25
 
 
 def resolve(
@@ -137,13 +160,15 @@ def _named(row: Architecture, random_seed: int | None) -> ModelSource:
         "guidance_scale": row.guidance_scale,
         "height": row.height,
         "width": row.width,
+        "after_gate": row.after_gate,
     }
     if random_seed is not None or row.hub_id is None:
         if not row.folder.is_dir():
             raise InputError(
                 f"the model {row.name!r} is not part of this installation; train it with python -m tgate_trt.demo.training.train"
             )
-        return source_of_folder(row.folder, random_seed=random_seed, **defaults)
+        without = () if random_seed is None else row.without
+        return source_of_folder(row.folder, random_seed=random_seed, elsewhere=row.shared, without=without, **defaults)
     try:
         return source_of_hub(row.hub_id, row.denoiser_hub_id, configs=row.folder, **defaults)
     except UnsupportedError:
@@ -154,6 +179,8 @@ def _named(row: Architecture, random_seed: int | None) -> ModelSource:
 
 def _saved(pipeline: Any) -> Path:
     """Save a pipeline to a folder that lasts as long as this process."""
+    from tgate_trt.ip_adapter import KEY, described
+
     if not hasattr(pipeline, "save_pretrained") or not hasattr(pipeline, "components"):
         raise InputError(f"a model is a name, a path, a hub id or a diffusers pipeline, got {type(pipeline).__name__}")
     for name, part in pipeline.components.items():
@@ -165,6 +192,9 @@ def _saved(pipeline: Any) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tgate-trt-")) / type(pipeline).__name__
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    if (unet := getattr(pipeline, "unet", None)) is not None and (adapters := described(unet)):
+        config = folder / "unet" / "config.json"
+        write_json(config, read_json(config) | {KEY: adapters})
     return folder
 
 
@@ -208,7 +238,7 @@ def source_of_folder(
     if attribute is None:
         raise UnsupportedError(f"{folder} is a {index['_class_name']}, which has no unet or transformer; this version builds those")
     for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] not in ("diffusers", "transformers", None) and name not in LEFT_OUT:
+        if isinstance(entry, list) and entry[0] not in _LIBRARIES and name not in LEFT_OUT:
             raise UnsupportedError(
                 f"{folder} has a {name} of {entry[0]!r}, whose code is not part of diffusers; this version runs no foreign code"
             )
@@ -222,7 +252,7 @@ def source_of_folder(
         "height": height,
         "width": width,
         "vae_scale_factor": factor,
-        "text_tokens": _text_tokens(folder, index["_class_name"]),
+        "text_tokens": _text_tokens(folder, elsewhere, index["_class_name"]),
         **_defaults(config, index),
     }
     source = ModelSource(
@@ -266,22 +296,29 @@ def source_of_hub(hub_id: str, denoiser_hub_id: str | None = None, configs: Path
 
 def _vae_scale_factor(config: Mapping[str, Any]) -> int:
     """Pixels of a latent's side, as diffusers' pipelines compute it."""
-    return int(2 ** (len(config.get("block_out_channels", (1, 1, 1, 1))) - 1))
+    if "temperal_downsample" in config:
+        return int(2 ** len(config["temperal_downsample"]))
+    levels = config.get("encoder_block_out_channels", config.get("block_out_channels", (1, 1, 1, 1)))
+    return int(2 ** (len(levels) - 1))
 
 
 def _native_size(config: Mapping[str, Any], vae_scale_factor: int) -> tuple[int, int]:
     """Height and width in pixels of the pictures that a denoiser was trained on."""
     size = config.get("sample_size") or 64
+    if config["_class_name"] == "StableAudioDiTModel":
+        size = 1  # sound has no sides
     height, width = (size, size) if isinstance(size, int) else size
     return height * vae_scale_factor, width * vae_scale_factor
 
 
-def _text_tokens(folder: Path, pipeline: str) -> int:
+def _text_tokens(folder: Path, elsewhere: Mapping[str, Path], pipeline: str) -> int:
     """Number of tokens to which a pipeline pads a prompt."""
-    if pipeline in _PIXART_TOKENS:
-        return _PIXART_TOKENS[pipeline]
-    limit = int(read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77))
-    settings = folder / "tokenizer" / "tokenizer_config.json"
+    if pipeline in _TOKENS:
+        return _TOKENS[pipeline]
+    encoders = (elsewhere.get(name, folder / name) for name in ("text_encoder", "text_encoder_2"))
+    encoder = next((each for each in encoders if each.is_dir()), folder / "text_encoder")
+    limit = int(read_json(encoder / "config.json").get("max_position_embeddings", 77))
+    settings = folder / encoder.name.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
     # A tokenizer that was saved without a length has 10^30 here.
     return min(limit, int(read_json(settings).get("model_max_length", limit))) if settings.is_file() else limit
 
@@ -290,5 +327,7 @@ def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> dict[str, 
     """T-GATE's default gate for a model of this family, and the steps that go with it."""
     if config.get("time_cond_proj_dim") is not None or "LCM" in str(index.get("scheduler")):
         return {"gate_step": _LCM_GATE_STEP, "steps": _LCM_STEPS, "guidance_scale": None}
+    if index["_class_name"] == IMAGE_TO_VIDEO:
+        return {"gate_step": _UNET_GATE_STEP, "steps": _DEFAULT_STEPS, "guidance_scale": None, "after_gate": "positive-mean"}
     pixart = config["_class_name"] == "PixArtTransformer2DModel"
     return {"gate_step": _PIXART_GATE_STEP if pixart else None, "steps": _DEFAULT_STEPS, "guidance_scale": None}

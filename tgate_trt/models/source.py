@@ -17,9 +17,9 @@ from tgate_trt.errors import InputError
 from tgate_trt.files import read_json, read_named, read_tensors, weight_files
 from tgate_trt.models.fingerprints import Fingerprint, fingerprint_of
 from tgate_trt.models.lora import Lora, LoraFile, fuse
-from tgate_trt.models.signature import signature
+from tgate_trt.models.signature import TIME_IDS, TIME_IDS_WITH_SCORE, dimensions, maximum_rows, signature
 from tgate_trt.models.single_file import original_components, read_denoiser
-from tgate_trt.specs import DTYPES, TensorSpec
+from tgate_trt.specs import DTYPES, ROWS, Bounds, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,12 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
 
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that text to image does without."""
+"""Components that text to image does without; the last two encode an image, for image to video and IP-Adapters."""
+
+IMAGE_TO_VIDEO = "StableVideoDiffusionPipeline"
+
+_SMALL = ("Tokenizer", "Processor", "FeatureExtractor")
+"""Parts of the class names of components without weights, beside schedulers."""
 
 _LARGE = 500_000_000
 """Parameters."""
@@ -156,6 +161,10 @@ class ModelSource:
     """Settings of its scheduler that differ from those of the folder."""
     revision: str | None = None
     """Commit of a model from the hub."""
+    after_gate: str | None = None
+    """What the model's runs do from the gate on, or None for the method's own way."""
+    without: tuple[str, ...] = ()
+    """Further components that bundles leave out."""
 
     def component(self, name: str) -> Path:
         """Folder of a component."""
@@ -169,7 +178,9 @@ class ModelSource:
             index["scheduler"] = ["diffusers", read_json(self.component("scheduler") / SCHEDULER)["_class_name"]]
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
-        return index | {name: [None, None] for name in LEFT_OUT if name in index}
+        takes_images = index["_class_name"] == IMAGE_TO_VIDEO or self.denoiser_config().get("ip_adapters")
+        left_out = LEFT_OUT[:1] if takes_images else LEFT_OUT
+        return index | {name: [None, None] for name in (*left_out, *self.without) if name in index}
 
     def components(self) -> dict[str, str]:
         """Class name of each component that a bundle keeps, the denoiser's included."""
@@ -184,15 +195,33 @@ class ModelSource:
         return normalised(read_json(self.component(self.denoiser_attribute) / "config.json"))
 
     def signature(self, height: int, width: int, precision: str) -> tuple[TensorSpec, ...]:
-        """The denoiser's inputs for pictures of a size in pixels; see `tgate_trt.models.signature.signature`."""
-        return signature(
-            self.denoiser_config(),
-            height=height,
-            width=width,
-            vae_scale_factor=self.vae_scale_factor,
-            text_tokens=self.text_tokens,
-            dtype=DTYPES[precision],
-        )
+        """The denoiser's inputs for pictures of one size in pixels and prompts of the model's own length."""
+        return self.spec(height, width, precision, self.text_tokens).inputs
+
+    def spec(
+        self, height: int | Bounds, width: int | Bounds, precision: str, text_tokens: int | Bounds, controls: tuple[str, ...] = ()
+    ) -> GraphSpec:
+        """The denoiser's inputs, with every dimension that may vary; see `tgate_trt.models.signature.signature`.
+
+        Raises:
+            InputError: if the model cannot make pictures of these sizes.
+            UnsupportedError: if it takes conditions that the graphs lack.
+        """
+        config = self.denoiser_config()
+        sizes: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "vae_scale_factor": self.vae_scale_factor,
+            "text_tokens": text_tokens,
+        }
+        inputs = signature(config, **sizes, dtype=DTYPES[precision], time_ids=self.time_ids, controls=controls)
+        most = maximum_rows(config)
+        return GraphSpec("denoiser", inputs, (), {ROWS: Bounds(1, min(2, most), most)} | dimensions(config, **sizes))
+
+    @property
+    def time_ids(self) -> int:
+        """Numbers of SDXL's micro-conditioning; the refiner's pipeline gives an aesthetic score instead of a target size."""
+        return TIME_IDS_WITH_SCORE if read_index(self.folder).get("requires_aesthetics_score") else TIME_IDS
 
     def fingerprint(self, known: Fingerprint | None = None) -> Fingerprint:
         """Identify the content that a bundle is built from.
@@ -328,7 +357,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _has_weights(name: str, kind: str) -> bool:
     """Whether a component is a model, not a scheduler or a tokenizer."""
-    return name != "scheduler" and "Tokenizer" not in kind
+    return name != "scheduler" and not any(part in kind for part in _SMALL)
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import parameter_names
-from tgate_trt.specs import ROWS
+from tgate_trt.specs import ROWS, sizes_in
 
 if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
@@ -39,7 +39,7 @@ class Compiled(StandIn):
         self.is_touched = False
         self.replaced: Mapping[str, Tensor] = {}
         """Weights of the engine that differ from the bundle's; the eager component gets them too."""
-        self._memory: dict[int, dict[str, Tensor]] = {}
+        self._memory: dict[torch.Size, dict[str, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -92,15 +92,16 @@ class Compiled(StandIn):
                 f"this bundle's {self.engine.spec.name} takes {images.minimum} to {images.maximum} prompts or pictures at a time, "
                 f"got {rows}; draw in several runs, or build a bundle with another --batch-size"
             )
-        if rows not in self._memory:
+        if value.shape not in self._memory:
+            sizes = sizes_in(self.engine.spec, {takes.name: value})
             self._memory = {
-                rows: {
-                    gives.name: torch.empty(gives.concrete(**{ROWS: rows}), dtype=torch_dtype(gives.dtype), device=self.engine.device)
+                value.shape: {
+                    gives.name: torch.empty(gives.concrete(**sizes), dtype=torch_dtype(gives.dtype), device=self.engine.device)
                     for gives in self.engine.spec.outputs
                 }
             }
-        self.engine.run({takes.name: value}, self._memory[rows])
-        return {name: output.to(self.architecture.dtype, copy=True) for name, output in self._memory[rows].items()}
+        self.engine.run({takes.name: value}, self._memory[value.shape])
+        return {name: output.to(self.architecture.dtype, copy=True) for name, output in self._memory[value.shape].items()}
 
     def close(self) -> None:
         """Free the engine and its buffers."""

@@ -82,8 +82,8 @@ class Drawing:
             self,
             steps=manifest.steps if self.steps is None else self.steps,
             guidance_scale=manifest.guidance_scale if self.guidance_scale is None else self.guidance_scale,
-            height=manifest.built_for.height,
-            width=manifest.built_for.width,
+            height=manifest.built_for.height.optimum,
+            width=manifest.built_for.width.optimum,
         )
 
     def batches(self, size: int) -> Iterator[Drawing]:
@@ -263,7 +263,7 @@ def _counter(bundle: Bundle) -> Count | None:
 
     def count(graph: str, rows: int) -> int:
         held = graph if graph_file(graph) in bundle.manifest.files else str(substitute(graph))
-        return macs_of_graph(bundle.folder / graph_file(held), rows).linear
+        return macs_of_graph(bundle.folder / graph_file(held), bundle.manifest.signature.sizes(rows)).linear
 
     return cache(count)
 

@@ -22,8 +22,8 @@ from tgate_trt.engines.base import Engine
 from tgate_trt.engines.tensorrt_flavours import FLAVOURS
 from tgate_trt.errors import StaleBundleError, UnsupportedError
 from tgate_trt.export.weights import WEIGHTS_FILE
-from tgate_trt.specs import CACHE_PREFIX, MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
-from tgate_trt.taps import recipe
+from tgate_trt.specs import CACHE_PREFIX, LONGEST_TEXT, MAXIMUM_ROWS, ROWS, TOKENS, Bounds, GraphSpec
+from tgate_trt.taps import is_of_denoiser, recipe
 
 if TYPE_CHECKING:
     from tgate_trt.engines.shared_weights import SharedWeights
@@ -78,7 +78,7 @@ class EngineLoader:
             from tgate_trt.engines.onnxruntime import OnnxRuntimeEngine
 
             self.bundle.load_graph(path.name)  # for its check
-            return OnnxRuntimeEngine(path, _of_any_batch(spec), device=self.device, threads=self.threads, changed=changed)
+            return OnnxRuntimeEngine(path, self._of_any_batch(spec), device=self.device, threads=self.threads, changed=changed)
         return self._load_plan(path, spec, changed)
 
     def load_vanilla(self) -> Engine | None:
@@ -108,8 +108,17 @@ class EngineLoader:
         architecture = self.bundle.denoiser_on_meta(torch_dtype(built_for.precision))
         changed = self.changed_weights(self.bundle.manifest.model.attribute)
         options = PyTorchOptions(self.cuda_graphs, self.compile, self.threads, built_for.fuse_cache_reuse)
-        spec = _of_any_batch(spec)
-        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed)
+        names = {tensor.name for tensor in spec.inputs}
+        absent = [tensor for tensor in self.bundle.manifest.signature.inputs if tensor.name not in names]
+        spec = self._of_any_batch(spec)
+        return PyTorchEngine(architecture, self._state, spec, recipe(spec.name), self.device, options, changed=changed, absent=absent)
+
+    def _of_any_batch(self, spec: GraphSpec) -> GraphSpec:
+        """The spec without its profile: an engine that is not compiled takes every batch and prompt for which the trace holds."""
+        most = self.bundle.manifest.signature.dimensions[ROWS].maximum if is_of_denoiser(spec.name) else MAXIMUM_ROWS
+        any_batch = {ROWS: Bounds(1, min(spec.dimensions[ROWS].optimum, most), most)}
+        any_text = {TOKENS: LONGEST_TEXT} if TOKENS in spec.dimensions else {}
+        return dataclasses.replace(spec, dimensions={**spec.dimensions, **any_text, **any_batch})
 
     def _load_plan(self, path: Path, spec: GraphSpec, changed: dict[str, Tensor]) -> Engine:
         from tgate_trt.engines.shared_weights import SharedWeights
@@ -134,11 +143,6 @@ class EngineLoader:
             options=runtime_options(self.bundle, self.cuda_graphs, self.specialisation),
             changed=changed,
         )
-
-
-def _of_any_batch(spec: GraphSpec) -> GraphSpec:
-    """The spec without its profile: an engine that is not compiled takes every batch for which the trace holds."""
-    return dataclasses.replace(spec, dimensions={ROWS: Bounds(1, spec.dimensions[ROWS].optimum, MAXIMUM_ROWS)})
 
 
 def runtime_options(bundle: Bundle, cuda_graphs: bool = True, specialisation: str = "lazy") -> RuntimeOptions:

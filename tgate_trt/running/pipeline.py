@@ -32,6 +32,7 @@ from tgate_trt.gate.schedule import NONE, GateStep
 from tgate_trt.gate.scheduler import schedule_of
 from tgate_trt.gate.stand_in import StandIn
 from tgate_trt.models.lora import LoraFile, parameter_names
+from tgate_trt.models.signature import denoiser_of
 from tgate_trt.running.components import Compiled, load_compiled, replace_components, restore_components, write_weights
 from tgate_trt.running.loading import EngineLoader, best_device, eager_denoiser
 
@@ -111,7 +112,7 @@ def load_by(loader: EngineLoader, options: LoadOptions, modules: Mapping[str, nn
     pipeline = pipeline_of(opened, loader, components=options.get("components", True), modules=modules)
     _put(pipeline, loader, getattr(pipeline, opened.manifest.model.attribute), options)
     _refit_components(pipeline, loader.loras, with_engines=False)
-    _draw_by_default(pipeline, opened.manifest.built_for.height, opened.manifest.built_for.width)
+    _draw_by_default(pipeline, opened.manifest.built_for.height.optimum, opened.manifest.built_for.width.optimum)
     _warn_of_a_scheduler_that_cannot_be_followed(pipeline, opened.manifest.steps)
     return pipeline.to(_gated(pipeline).device)
 
@@ -307,6 +308,8 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         gate=gate_from(manifest, options),
         guidance=options.get("guidance"),
         low_memory=low_memory,
+        signature=manifest.signature,
+        calls_a_half=denoiser_of(loader.bundle.denoiser_config()).calls == 2,
         picture=(manifest.built_for.height, manifest.built_for.width),
         origin=origin,
         eager=(lambda: eager_denoiser(origin.loras, gated.dtype)) if is_architecture(replaces) else None,
@@ -327,7 +330,7 @@ def gate_from(manifest: Manifest, options: LoadOptions) -> Gate:
         if step is not None or after is not None:
             raise InputError("a gate names its step and what comes after it, so gate_step and after_gate are for loads without one")
         return manifest.gate(gate)
-    return Gate(manifest.default_gate_step if step is None else step, after)
+    return Gate(manifest.default_gate_step if step is None else step, after or manifest.after_gate)
 
 
 def _gated(pipeline: Any) -> GatedDenoiser:

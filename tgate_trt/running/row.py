@@ -75,7 +75,7 @@ def row_of(bundle: Bundle, gate: Gate, steps: int | None = None, scheduler: Any 
     @cache
     def count(graph: str, rows: int) -> int:
         model = ir.load(bundle.folder / graph_file(graph)) if graph in manifest.graphs else cut(trace, recipe(graph))
-        return macs_of(model, rows).linear
+        return macs_of(model, manifest.signature.sizes(rows)).linear
 
     macs = tuple(work_of((action,), 1, guided=guided, count=count) for action in actions)
     missing = tuple(graph for graph in graphs_of(gate) if not {graph, substitute(graph)} & manifest.graphs.keys())

@@ -30,8 +30,9 @@ MANIFEST_OF_A_BUNDLE = Manifest(
     model=BuiltFrom(
         "m", ModelReference("m", random_seed=0), "unet", 77, ("vae_decoder",), {"content": "c", "files": {}, "seed": 0, "revision": None}
     ),
-    built_for=BuiltFor("fp32", 8, 8, Bounds(1, 1, 1), fuse_cache_reuse=True),
+    built_for=BuiltFor("fp32", Bounds(8, 8, 8), Bounds(8, 8, 8), Bounds(1, 1, 1), True, Bounds(1, 77, 231)),
     built_with={},
+    signature=SPEC,
     graphs={"planning": SPEC},
     engines={},
     verification={},
