@@ -132,25 +132,26 @@ class Api:
         return JSONResponse(answer.model_dump(exclude_none=True), headers={"server-timing": server_timing(answer.usage)})
 
     async def _model(self, body: Drawn) -> Model:
-        """The model that a body names, if it draws what the body asks for.
+        """The model that a body names.
 
         Raises:
-            InputError: if there is none, or it draws other sizes.
+            InputError: if there is none.
         """
         models = await self._drawer.models()
         model = next((model for model in models if body.model in (None, model.id)), None)
         if model is None:
             raise UnknownModelError(f"there is no such model; this server has {', '.join(model.id for model in models)}")
-        if body.size not in ("auto", model.size):
-            raise InputError(f"size must be {model.size} or auto with this model")
         return model
 
     def _requests(self, body: Drawn, start: dict[str, Any]) -> list[Request]:
         first = secrets.randbelow(2**31) if body.seed is None else body.seed
         if body.n > self._limits.images:
             raise InputError(f"n is at most {self._limits.images}")
+        width, height = (None, None) if body.size == "auto" else (int(side) for side in body.size.split("x"))
         return [
             Request(
+                width=width,
+                height=height,
                 prompt=body.prompt,
                 negative_prompt=body.negative_prompt,
                 steps=body.num_inference_steps,
@@ -183,7 +184,7 @@ class Api:
             else:
                 data.append(ImageData(b64_json=text, seed=record.seed))
         usage = usage_of([record for _, record in drawn])
-        return Images(created=int(time.time()), data=data, output_format=body.output_format, size=model.size, usage=usage)
+        return Images(created=int(time.time()), data=data, output_format=body.output_format, size=_size(body, model), usage=usage)
 
     async def _bodies(
         self, events: AsyncGenerator[Event, None], body: Drawn, kind: str, model: Model
@@ -191,7 +192,7 @@ class Api:
         """The events of a stream, in OpenAI's form."""
         try:
             async for event in events:
-                common: dict[str, Any] = {"image_index": event.image, "created_at": int(time.time()), "size": model.size}
+                common: dict[str, Any] = {"image_index": event.image, "created_at": int(time.time()), "size": _size(body, model)}
                 common |= {"output_format": body.output_format, "b64_json": b64encode(event.data).decode("ascii")}
                 if event.preview is not None:
                     yield PartialImage(type=f"{kind}.partial_image", partial_image_index=event.preview, **common)  # type: ignore[arg-type]
@@ -201,6 +202,10 @@ class Api:
                     yield Completed(type=f"{kind}.completed", **more, **common)  # type: ignore[arg-type]
         finally:
             await events.aclose()
+
+
+def _size(body: Drawn, model: Model) -> str:
+    return model.size if body.size == "auto" else body.size
 
 
 def create_app(

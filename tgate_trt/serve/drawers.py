@@ -123,11 +123,13 @@ def _event_of(image: int, item: Preview | Future[Picture], kind: str) -> Event |
 
 def model_of(name: str, service: Service) -> Model:
     """How a service's bundle is described."""
-    manifest = service.bundle.manifest
+    manifest, width, height = service.bundle.manifest, service.bundle.manifest.built_for.width, service.bundle.manifest.built_for.height
     return Model(
         id=name,
         created=int(time.time()),
-        size=f"{manifest.built_for.width}x{manifest.built_for.height}",
+        size=f"{width.optimum}x{height.optimum}",
+        widths=width.short,
+        heights=height.short,
         abilities=list(service.abilities),
         backend=service.backend,
         steps=manifest.steps,

@@ -22,6 +22,7 @@ from tgate_trt.running.pipeline import LoadOptions, loader_of
 from tgate_trt.serve.picture import Picture, Preview, Request
 from tgate_trt.serve.shared import SharedEngines
 from tgate_trt.serve.slot import EDIT, GENERATION, INPAINTING, Slot
+from tgate_trt.specs import HEIGHT, WIDTH
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ class Service:
         kind = GENERATION if request.image is None else EDIT if request.mask is None else INPAINTING
         if kind not in self.abilities:
             raise UnsupportedError(f"this bundle cannot do {kind}; it can do {', '.join(self.abilities)}")
+        self._check_size(request)
         most = self.bundle.manifest.model.text_tokens
         with self._prompts_lock:
             gate = self._prompts.gate_of(request)
@@ -192,6 +194,14 @@ class Service:
                 if tokens > most:
                     raise InputError(f"a prompt has at most {most} tokens with this model, got {tokens}; shorten it")
         self._check_gate(gate, self.bundle.manifest.steps if request.steps is None else request.steps)
+
+    def _check_size(self, request: Request) -> None:
+        """Refuse sizes that the bundle does not draw."""
+        built_for, dimensions = self.bundle.manifest.built_for, self.bundle.manifest.signature.dimensions
+        for name, side, asked in ((WIDTH, built_for.width, request.width), (HEIGHT, built_for.height, request.height)):
+            step = side.optimum // dimensions[name].optimum if name in dimensions else 1
+            if asked is not None and (asked not in side or asked % step):
+                raise InputError(f"this bundle draws a {name} of {side.short} pixels, in steps of {step}, and the request asks for {asked}")
 
     def _check_gate(self, gate: Gate, steps: int) -> None:
         """Refuse a gate that needs an engine that there is not, or more steps than the run has."""

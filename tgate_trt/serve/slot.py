@@ -192,7 +192,8 @@ class Slot:
         return 0 if tokenizer is None else len(tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids)
 
     def _arguments(self, pipeline: Any, request: Request) -> dict[str, Any]:
-        built_for, manifest = self.bundle.manifest.built_for, self.bundle.manifest
+        manifest, built_for = self.bundle.manifest, self.bundle.manifest.built_for
+        size = width, height = request.width or built_for.width.optimum, request.height or built_for.height.optimum
         arguments: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -200,11 +201,10 @@ class Slot:
             "guidance_scale": manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             "generator": torch.Generator().manual_seed(request.seed),
             "strength": request.strength,
-            "height": built_for.height,
-            "width": built_for.width,
+            "height": height,
+            "width": width,
             "use_resolution_binning": False,
         }
-        size = built_for.width, built_for.height
         if request.image is not None:
             with _decoding("picture to start from"):
                 arguments["image"] = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
