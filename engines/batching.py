@@ -57,6 +57,8 @@ class _Call:
     rows: int
     shapes: tuple[tuple[int, ...], ...]
     """Of the inputs, without rows: only calls of equal ones are merged."""
+    constants: tuple[Tensor, ...]
+    """Inputs without rows, likewise."""
     member: Member | None
     stream: Any
     """PyTorch's current stream of the thread on a GPU."""
@@ -65,6 +67,17 @@ class _Call:
     """Whether it is in the batch that runs."""
     is_done: bool = False
     error: BaseException | None = None
+
+    def is_like(self, other: _Call) -> bool:
+        """Whether two calls can be merged. Constants on a GPU are the same at one address alone: to compare values would wait for it."""
+        return (
+            self.engine is other.engine
+            and self.shapes == other.shapes
+            and all(
+                one.data_ptr() == two.data_ptr() or (not one.is_cuda and torch.equal(one, two))
+                for one, two in zip(self.constants, other.constants, strict=True)
+            )
+        )
 
 
 @dataclass(eq=False)
@@ -272,8 +285,7 @@ class Batcher:
         batch: list[_Call] = []
         for call in wanted:
             oldest = wanted[0]
-            is_like = call.engine is oldest.engine and call.shapes == oldest.shapes
-            if is_like and (not batch or rows + call.rows <= oldest.engine.most_rows):
+            if call.is_like(oldest) and (not batch or rows + call.rows <= oldest.engine.most_rows):
                 batch.append(call)
                 rows += call.rows
         for call in batch:
@@ -327,7 +339,7 @@ class BatchingEngine:
         """
         self.spec, self._engine, self._batcher = engine.spec, engine, batcher
         limit = self.spec.dimensions[ROWS].maximum if ROWS in self.spec.dimensions else 1
-        has_rows = all(tensor.shape[:1] == (ROWS,) for tensor in (*self.spec.inputs, *self.spec.outputs))
+        has_rows = all(tensor.has_rows for tensor in self.spec.outputs) and any(tensor.has_rows for tensor in self.spec.inputs)
         self.most_rows = (limit if batcher.rows is None else min(limit, batcher.rows)) if has_rows else 1
         """Rows of its largest batch."""
         self._memory: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -378,13 +390,14 @@ class BatchingEngine:
             check(self.spec, tensor, given(self.spec, inputs, tensor), self.device)
         for tensor in self.spec.outputs:
             check(self.spec, tensor, given(self.spec, outputs, tensor), self.device)
-        tensors = [inputs[tensor.name] for tensor in self.spec.inputs]
-        rows = {value.shape[0] for value, spec in zip(tensors, self.spec.inputs, strict=True) if spec.shape[:1] == (ROWS,)}
+        tensors = [inputs[tensor.name] for tensor in self.spec.inputs if tensor.has_rows]
+        constants = tuple(inputs[tensor.name] for tensor in self.spec.inputs if not tensor.has_rows)
+        rows = {value.shape[0] for value in tensors}
         if len(rows) > 1:
             raise GateError(f"the inputs of one call have the same rows, got {sorted(rows)}; give one row for each row of the latents")
         shapes = tuple(tuple(value.shape[1:]) for value in tensors)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        return _Call(self, inputs, outputs, rows.pop() if rows else 1, shapes, member, stream, time.monotonic())
+        return _Call(self, inputs, outputs, rows.pop() if rows else 1, shapes, constants, member, stream, time.monotonic())
 
     def run_merged(self, batch: Sequence[_Call]) -> None:
         """Run the calls of a batch at once: one as it is, several on buffers that stay at their addresses."""
@@ -402,9 +415,11 @@ class BatchingEngine:
 
     def _run_on_buffers(self, batch: Sequence[_Call]) -> None:
         rows = sum(call.rows for call in batch)
-        inputs = {spec.name: self._buffer(spec, batch[0].inputs[spec.name], rows) for spec in self.spec.inputs}
+        first = batch[0].inputs
+        merged = {spec.name: self._buffer(spec, first[spec.name], rows) for spec in self.spec.inputs if spec.has_rows}
+        inputs = {spec.name: merged.get(spec.name, first[spec.name]) for spec in self.spec.inputs}
         outputs = {spec.name: self._buffer(spec, batch[0].outputs[spec.name], rows) for spec in self.spec.outputs}
-        for name, buffer in inputs.items():
+        for name, buffer in merged.items():
             torch.cat([call.inputs[name] for call in batch], out=buffer)
         self._engine.run(inputs, outputs)
         for name, buffer in outputs.items():

@@ -171,6 +171,33 @@ def test_merged_calls_use_buffers_at_fixed_addresses() -> None:
     assert engine.memory == MOST * 4 * (3 + 1 + 3)
 
 
+def test_only_calls_of_one_size_and_with_equal_constants_are_merged() -> None:
+    spec = GraphSpec(
+        "positions",
+        (TensorSpec("sample", "float32", (ROWS, "width")), TensorSpec("positions", "float32", ("width",))),
+        (TensorSpec("noise_pred", "float32", (ROWS, "width")),),
+        {ROWS: Bounds(1, 2, MOST), "width": Bounds(1, 3, 8)},
+    )
+
+    class Adding(Doubling):
+        def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+            torch.add(inputs["sample"], inputs["positions"], out=outputs["noise_pred"])
+
+    inner = Adding()
+    inner.spec = spec
+    engine = BatchingEngine(inner, Batcher())
+
+    def call(width: int, start: float) -> Any:
+        inputs = {"sample": torch.randn(1, width), "positions": torch.arange(width) + start}
+        return engine.call_of(inputs, {"noise_pred": torch.empty(1, width)}, None)
+
+    first, alike, wider, other = call(3, 0.0), call(3, 0.0), call(4, 0.0), call(3, 1.0)
+    assert first.is_like(alike) and not first.is_like(wider) and not first.is_like(other)
+    engine.run_merged([first, alike])
+    for one in (first, alike):
+        assert torch.equal(one.outputs["noise_pred"], one.inputs["sample"] + one.inputs["positions"])
+
+
 def test_another_graph_waits_for_one_batch_and_not_for_a_stream_of_them(callers: Callers) -> None:
     """Planning threads that come again at once do not pass the fidelity call that waits."""
     planning, engine, _ = held(callers)
@@ -368,7 +395,7 @@ def test_a_row_is_the_same_in_a_batch_as_alone(shapes_bundle: Bundle, backend: s
 
 def tensors_of(spec: GraphSpec, rows: int, step: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Random inputs of a graph at one timestep, and memory for its outputs."""
-    inputs = {tensor.name: torch.randn(tensor.concrete(**{ROWS: rows})) for tensor in spec.inputs}
+    inputs = {tensor.name: torch.randn(tensor.concrete(**spec.sizes(rows))) for tensor in spec.inputs}
     inputs["timestep"] = torch.full((rows,), step)
     assert any(name.startswith(CACHE_PREFIX) for name in inputs) == (spec.name == "fidelity")
-    return inputs, {tensor.name: torch.empty(tensor.concrete(**{ROWS: rows})) for tensor in spec.outputs}
+    return inputs, {tensor.name: torch.empty(tensor.concrete(**spec.sizes(rows))) for tensor in spec.outputs}

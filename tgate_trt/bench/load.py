@@ -26,8 +26,12 @@ from typing import Any
 import numpy
 import psutil
 
-from tgate_trt.bench.load_server import CONTINUOUS, POLICIES
 from tgate_trt.errors import TGateError
+
+CONTINUOUS, ONE, WAIT = "continuous batching", "one at a time", "batch and wait"
+
+POLICIES = (CONTINUOUS, ONE, WAIT)
+"""Ways to batch; `tgate_trt.bench.load_server` has a server of each."""
 
 RUNNING, QUEUE = 4, 16
 SHARES = (0.5, 1.0, 2.0, 4.0)

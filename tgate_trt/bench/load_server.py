@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from tgate_trt.bench.batch_and_wait import BatchAndWait
+from tgate_trt.bench.load import ONE, WAIT
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.console import reporting
 from tgate_trt.serve.metrics import Metrics
 from tgate_trt.serve.server import Settings, application_of, listening, server_of, services_of
 from tgate_trt.serve.service import Service
-
-CONTINUOUS, ONE, WAIT = "continuous batching", "one at a time", "batch and wait"
-
-POLICIES = (CONTINUOUS, ONE, WAIT)
-"""Ways to batch."""
 
 
 @contextlib.contextmanager

@@ -228,8 +228,8 @@ def kernels(
 @app.command()
 def load(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle that tgate-build made.")],
-    seconds: Annotated[float, typer.Option(min=1, help="Of each load in a round; of the lowest rate four times as long.")] = 10.0,
-    rounds: Annotated[int, typer.Option(min=1, help="How often every load is measured.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each load in a round; of the lowest rate four times as long.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every load is measured.")] = 2,
     running: Annotated[int, typer.Option(min=2, help="Pictures at a time.")] = 4,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that wait.")] = 16,
     backend: Annotated[str | None, typer.Option(help="Engines to draw with. [default: the first that runs here]")] = None,

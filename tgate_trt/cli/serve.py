@@ -40,9 +40,14 @@ def serve(
     For example: `tgate-serve bundles/shapes-64x64-fp32`
     """
     with reporting(verbose):
+        from tgate_trt.errors import UnsupportedError
         from tgate_trt.running.pipeline import LoadOptions
         from tgate_trt.serve.limits import Limits
-        from tgate_trt.serve.server import Settings, serve
+
+        try:
+            from tgate_trt.serve.server import Settings, serve
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(f"a server needs the package {error.name}; install tgate-trt with the extra [serve]") from error
 
         options: LoadOptions = {"backend": backend, "threads": threads}
         if low_memory is not None:

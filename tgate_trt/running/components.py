@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ from tgate_trt.specs import ROWS, sizes_in
 
 if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
+
+
+LOADING = threading.RLock()
+"""Held while a module is made without weights or loaded: diffusers and accelerate patch `torch.nn.Module` meanwhile, for all threads, and
+two that do so at once leave it patched."""
 
 
 class Compiled(StandIn):
@@ -57,10 +63,11 @@ class Compiled(StandIn):
 
     def eager(self) -> nn.Module:
         """The component in eager PyTorch, on the engine's device."""
-        if object.__getattribute__(self, "_eager") is None:
-            loaded: nn.Module = object.__getattribute__(self, "_load_eager")()
-            write_weights(loaded, self.replaced)
-            object.__setattr__(self, "_eager", loaded)
+        with LOADING:
+            if object.__getattribute__(self, "_eager") is None:
+                loaded: nn.Module = object.__getattribute__(self, "_load_eager")()
+                write_weights(loaded, self.replaced)
+                object.__setattr__(self, "_eager", loaded)
         eager: nn.Module = object.__getattribute__(self, "_eager")
         return eager
 

@@ -50,7 +50,7 @@ from tgate_trt.serve.schema import (
     Problem,
     State,
 )
-from tgate_trt.serve.uploads import decoded_image, read_form
+from tgate_trt.serve.uploads import opened_image, read_form
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,11 @@ PAGE = Path(__file__).parent / "page"
 _ERRORS = {
     400: "Something in the request is impossible.",
     401: "The API key is missing or unknown.",
+    403: "The request comes from a page of another site.",
     404: "There is no such model.",
     408: "The body came too slowly.",
     413: "The body is too large.",
+    421: "The server was called by a name that is not its own.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "The server failed.",
     503: "The server ends.",
@@ -88,8 +90,8 @@ class Api:
         try:
             fields, image, mask = await read_form(http)
             body = Edit.model_validate(fields)
-            start = decoded_image(image, self._limits, "image")
-            within = None if mask is None else decoded_image(mask, self._limits, "mask")
+            start = opened_image(image, self._limits, "image")
+            within = None if mask is None else opened_image(mask, self._limits, "mask")
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         except InputError as error:
@@ -130,25 +132,26 @@ class Api:
         return JSONResponse(answer.model_dump(exclude_none=True), headers={"server-timing": server_timing(answer.usage)})
 
     async def _model(self, body: Drawn) -> Model:
-        """The model that a body names, if it draws what the body asks for.
+        """The model that a body names.
 
         Raises:
-            InputError: if there is none, or it draws other sizes.
+            InputError: if there is none.
         """
         models = await self._drawer.models()
         model = next((model for model in models if body.model in (None, model.id)), None)
         if model is None:
             raise UnknownModelError(f"there is no such model; this server has {', '.join(model.id for model in models)}")
-        if body.size not in ("auto", model.size):
-            raise InputError(f"size must be {model.size} or auto with this model")
         return model
 
     def _requests(self, body: Drawn, start: dict[str, Any]) -> list[Request]:
         first = secrets.randbelow(2**31) if body.seed is None else body.seed
         if body.n > self._limits.images:
             raise InputError(f"n is at most {self._limits.images}")
+        width, height = (None, None) if body.size == "auto" else (int(side) for side in body.size.split("x"))
         return [
             Request(
+                width=width,
+                height=height,
                 prompt=body.prompt,
                 negative_prompt=body.negative_prompt,
                 steps=body.num_inference_steps,
@@ -181,7 +184,7 @@ class Api:
             else:
                 data.append(ImageData(b64_json=text, seed=record.seed))
         usage = usage_of([record for _, record in drawn])
-        return Images(created=int(time.time()), data=data, output_format=body.output_format, size=model.size, usage=usage)
+        return Images(created=int(time.time()), data=data, output_format=body.output_format, size=_size(body, model), usage=usage)
 
     async def _bodies(
         self, events: AsyncGenerator[Event, None], body: Drawn, kind: str, model: Model
@@ -189,7 +192,7 @@ class Api:
         """The events of a stream, in OpenAI's form."""
         try:
             async for event in events:
-                common: dict[str, Any] = {"image_index": event.image, "created_at": int(time.time()), "size": model.size}
+                common: dict[str, Any] = {"image_index": event.image, "created_at": int(time.time()), "size": _size(body, model)}
                 common |= {"output_format": body.output_format, "b64_json": b64encode(event.data).decode("ascii")}
                 if event.preview is not None:
                     yield PartialImage(type=f"{kind}.partial_image", partial_image_index=event.preview, **common)  # type: ignore[arg-type]
@@ -199,6 +202,10 @@ class Api:
                     yield Completed(type=f"{kind}.completed", **more, **common)  # type: ignore[arg-type]
         finally:
             await events.aclose()
+
+
+def _size(body: Drawn, model: Model) -> str:
+    return model.size if body.size == "auto" else body.size
 
 
 def create_app(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
@@ -88,7 +89,7 @@ class LocalDrawer:
 
         def put(image: int, item: Preview | Future[Picture]) -> None:  # in the thread that draws, which makes the file too
             event = _event_of(image, item, kind)
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         shows = [partial(put, image) for image in range(len(requests))]
@@ -122,11 +123,13 @@ def _event_of(image: int, item: Preview | Future[Picture], kind: str) -> Event |
 
 def model_of(name: str, service: Service) -> Model:
     """How a service's bundle is described."""
-    manifest = service.bundle.manifest
+    manifest, width, height = service.bundle.manifest, service.bundle.manifest.built_for.width, service.bundle.manifest.built_for.height
     return Model(
         id=name,
         created=int(time.time()),
-        size=f"{manifest.built_for.width.optimum}x{manifest.built_for.height.optimum}",
+        size=f"{width.optimum}x{height.optimum}",
+        widths=width.short,
+        heights=height.short,
         abilities=list(service.abilities),
         backend=service.backend,
         steps=manifest.steps,

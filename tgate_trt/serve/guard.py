@@ -9,6 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -83,6 +84,8 @@ class Guard:
         self._app, self._limits, self._hosts = app, limits, hosts
         self._digests = [_digest(key) for key in keys]
         self._refused = refused or (lambda outcome: None)
+        self._held = 0
+        """Bytes of bodies of requests that are served now."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -104,7 +107,11 @@ class Guard:
         if problem is not None:
             await _answer(send_with_headers, *problem)
             return
-        await self._app(scope, self._bounded(receive), send_with_headers)
+        body = _Body()
+        try:
+            await self._app(scope, self._bounded(receive, body), send_with_headers)
+        finally:
+            self._held -= body.size
 
     def _problem(self, scope: Scope, headers: Headers) -> tuple[int, str, str, dict[str, str]] | None:
         """Status, type, message and headers of a refusal."""
@@ -130,27 +137,41 @@ class Guard:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(matches) and scheme.lower() == "bearer"
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """Receives a body of bounded size within a bounded time."""
-        until, size, is_whole = time.monotonic() + self._limits.body_seconds, 0, False
+    def _bounded(self, receive: Receive, body: _Body) -> Receive:
+        """Receives a body of bounded size within a bounded time, as long as all that are held do not get too large."""
+        until = time.monotonic() + self._limits.body_seconds
 
         async def bounded() -> Message:
-            nonlocal size, is_whole
-            if is_whole:
+            if body.is_whole:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except TimeoutError:
-                self._refused("slow")
-                raise HTTPException(408, f"the body did not come within {self._limits.body_seconds:g} s", {"connection": "close"}) from None
-            size += len(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
-            if size > self._limits.body:
-                self._refused("too_large")
-                raise HTTPException(413, f"a body has at most {self._limits.body} bytes", {"connection": "close"})
+                raise self._refusal("slow", 408, f"the body did not come within {self._limits.body_seconds:g} s") from None
+            size = len(message.get("body", b""))
+            body.size += size
+            self._held += size
+            body.is_whole = not message.get("more_body", False)
+            if body.size > self._limits.body:
+                raise self._refusal("too_large", 413, f"a body has at most {self._limits.body} bytes")
+            if self._held > self._limits.bodies:
+                raise self._refusal("busy", 503, "the server holds as many bytes of requests as it may; try again later")
             return message
 
         return bounded
+
+    def _refusal(self, outcome: str, status: int, message: str) -> HTTPException:
+        self._refused(outcome)
+        return HTTPException(status, message, {"connection": "close"} | ({"retry-after": "1"} if status == 503 else {}))
+
+
+@dataclass
+class _Body:
+    """A body that is being received."""
+
+    size: int = 0
+    """Bytes so far."""
+    is_whole: bool = False
 
 
 def _digest(key: str) -> bytes:

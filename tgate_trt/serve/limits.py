@@ -13,7 +13,9 @@ class Limits:
     """Bytes of a request's body."""
     body_seconds: float = 30.0
     """Until a body must be here."""
-    pixels: int = 32 * 2**20
+    bodies: int = 256 * 2**20
+    """Bytes of all bodies that are held at a time."""
+    pixels: int = 16 * 2**20
     """Of an uploaded picture, before it is scaled to the bundle's size."""
     prompt: int = 8000
     """Characters of a prompt; the model's tokens are the narrower bound."""

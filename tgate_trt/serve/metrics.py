@@ -8,7 +8,6 @@ from typing import Protocol
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
 
 from tgate_trt.engines.batching import Batch
 from tgate_trt.serve.picture import Record
@@ -46,9 +45,9 @@ class Metrics:
     def __init__(self) -> None:
         """Begin at zero, in a registry of its own."""
         self.registry = CollectorRegistry()
-        name = {"registry": self.registry}
-        self._requests = Counter("tgate_requests", "Requests for pictures by how they ended.", ["model", "outcome"], **name)  # type: ignore[arg-type]
-        self._pictures = Counter("tgate_pictures", "Pictures that were drawn.", ["model"], **name)  # type: ignore[arg-type]
+        registry = self.registry
+        self._requests = Counter("tgate_requests", "Requests for pictures by how they ended.", ["model", "outcome"], registry=registry)
+        self._pictures = Counter("tgate_pictures", "Pictures that were drawn.", ["model"], registry=registry)
         self._latency = Histogram(
             "tgate_request_seconds",
             "Seconds of requests that were answered with pictures.",
@@ -57,19 +56,19 @@ class Metrics:
             registry=self.registry,
         )
         self._queue = Histogram(
-            "tgate_queue_seconds", "Seconds that a picture waited until it was begun.", ["model"], buckets=_SECONDS, registry=self.registry
+            "tgate_queue_seconds", "Seconds that a picture waited until it was begun.", ["model"], buckets=_SECONDS, registry=registry
         )
-        self._phases = Counter("tgate_phase_seconds", "Seconds of pictures by phase.", ["model", "phase"], **name)  # type: ignore[arg-type]
-        self._steps = Counter("tgate_steps", "Calls of the denoiser by action.", ["model", "action"], **name)  # type: ignore[arg-type]
+        self._phases = Counter("tgate_phase_seconds", "Seconds of pictures by phase.", ["model", "phase"], registry=registry)
+        self._steps = Counter("tgate_steps", "Calls of the denoiser by action.", ["model", "action"], registry=registry)
         self._batches = Histogram(
-            "tgate_batch_rows", "Rows of each run of an engine.", ["model", "graph"], buckets=_ROWS, registry=self.registry
+            "tgate_batch_rows", "Rows of each run of an engine.", ["model", "graph"], buckets=_ROWS, registry=registry
         )
-        self._calls = Counter("tgate_batch_calls", "Calls that were merged into runs of an engine.", ["model", "graph"], **name)  # type: ignore[arg-type]
-        self._rows = Counter("tgate_rows", "Rows that an engine ran.", ["model", "graph"], **name)  # type: ignore[arg-type]
-        self._engine = Counter("tgate_engine_seconds", "Seconds in which an engine ran.", ["model", "graph"], **name)  # type: ignore[arg-type]
-        self._running = Gauge("tgate_running", "Pictures that are drawn now.", ["model"], **name)  # type: ignore[arg-type]
-        self._queued = Gauge("tgate_queued", "Pictures that wait now.", ["model"], **name)  # type: ignore[arg-type]
-        self._memory = Gauge("tgate_memory_bytes", "Memory: resident, merging, cuda.", ["kind"], **name)  # type: ignore[arg-type]
+        self._calls = Counter("tgate_batch_calls", "Calls that were merged into runs of an engine.", ["model", "graph"], registry=registry)
+        self._rows = Counter("tgate_rows", "Rows that an engine ran.", ["model", "graph"], registry=registry)
+        self._engine = Counter("tgate_engine_seconds", "Seconds in which an engine ran.", ["model", "graph"], registry=registry)
+        self._running = Gauge("tgate_running", "Pictures that are drawn now.", ["model"], registry=registry)
+        self._queued = Gauge("tgate_queued", "Pictures that wait now.", ["model"], registry=registry)
+        self._memory = Gauge("tgate_memory_bytes", "Memory: resident, merging, cuda.", ["kind"], registry=registry)
         self._memory.labels("resident").set_function(lambda: psutil.Process(os.getpid()).memory_info().rss)
         self._memory.labels("cuda").set_function(_cuda_bytes)
         self._services: list[Watched] = []
@@ -114,11 +113,9 @@ class Metrics:
     def outcomes(self) -> Mapping[str, float]:
         """Requests by outcome, over all models."""
         found: dict[str, float] = {}
-        for family in self._requests.collect():
-            assert isinstance(family, CounterMetricFamily) or family.type == "counter"
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    found[sample.labels["outcome"]] = found.get(sample.labels["outcome"], 0) + sample.value
+        for sample in next(iter(self._requests.collect())).samples:
+            if sample.name.endswith("_total"):
+                found[sample.labels["outcome"]] = found.get(sample.labels["outcome"], 0) + sample.value
         return found
 
 

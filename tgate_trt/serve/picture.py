@@ -30,6 +30,10 @@ class Request:
     """In text form, such as ``"10"`` or ``"7,after=positive,forecast=2"``, or the name of one that the bundle holds; its own if None."""
     after_gate: str | None = None
     """What a guided run does from the gate on, where ``gate`` does not say."""
+    width: int | None = None
+    """Pixels."""
+    height: int | None = None
+    """Pixels."""
     image: Image.Image | None = field(default=None, repr=False)
     """A picture to start from, of any size."""
     mask: Image.Image | None = field(default=None, repr=False)

@@ -26,7 +26,7 @@ class Drawn(Strict):
     prompt: Annotated[str, Field(min_length=1, max_length=LIMITS.prompt, description="What to draw.")]
     model: Annotated[str | None, Field(max_length=256, description="Of GET /v1/models; the first if left out.")] = None
     n: Annotated[int, Field(ge=1, le=LIMITS.images, description="Pictures; each has the next seed.")] = 1
-    size: Annotated[str, Field(max_length=16, description="WIDTHxHEIGHT of the model, or auto.")] = "auto"
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT, or auto.")] = "auto"
     response_format: Annotated[Literal["b64_json", "url"], Field(description="url gives a data: URL.")] = "b64_json"
     output_format: Format = "png"
     user: Annotated[str | None, Field(max_length=256, description="Taken and not used.")] = None
@@ -142,7 +142,9 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["tgate-trt"] = "tgate-trt"
-    size: str
+    size: Annotated[str, Field(description="By default, WIDTHxHEIGHT.")]
+    widths: Annotated[str, Field(description="Pixels: one number, or MIN:DEFAULT:MAX.")]
+    heights: Annotated[str, Field(description="The same.")]
     abilities: list[str]
     backend: str
     steps: Annotated[int, Field(description="By default.")]

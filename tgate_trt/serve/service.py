@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from tgate_trt.bundle.bundle import Bundle
-from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.engines.batching import PATIENCE, Batch, Batcher, Member
 from tgate_trt.errors import BusyError, CancelledError, ClosedError, DeadlineError, InputError, UnsupportedError
 from tgate_trt.gate.actions import graphs_of, substitute
@@ -23,6 +22,7 @@ from tgate_trt.running.pipeline import LoadOptions, loader_of
 from tgate_trt.serve.picture import Picture, Preview, Request
 from tgate_trt.serve.shared import SharedEngines
 from tgate_trt.serve.slot import EDIT, GENERATION, INPAINTING, Slot
+from tgate_trt.specs import HEIGHT, WIDTH
 
 logger = logging.getLogger(__name__)
 
@@ -185,14 +185,23 @@ class Service:
         kind = GENERATION if request.image is None else EDIT if request.mask is None else INPAINTING
         if kind not in self.abilities:
             raise UnsupportedError(f"this bundle cannot do {kind}; it can do {', '.join(self.abilities)}")
+        self._check_size(request)
         most = self.bundle.manifest.model.text_tokens
         with self._prompts_lock:
             gate = self._prompts.gate_of(request)
             for text in filter(None, (request.prompt, request.negative_prompt)):
                 tokens = self._prompts.tokens_of(text)
-                if any(hasattr(self._prompts.pipeline, name) for name in TEXT_ENCODERS) and tokens > most:
+                if tokens > most:
                     raise InputError(f"a prompt has at most {most} tokens with this model, got {tokens}; shorten it")
         self._check_gate(gate, self.bundle.manifest.steps if request.steps is None else request.steps)
+
+    def _check_size(self, request: Request) -> None:
+        """Refuse sizes that the bundle does not draw."""
+        built_for, dimensions = self.bundle.manifest.built_for, self.bundle.manifest.signature.dimensions
+        for name, side, asked in ((WIDTH, built_for.width, request.width), (HEIGHT, built_for.height, request.height)):
+            step = side.optimum // dimensions[name].optimum if name in dimensions else 1
+            if asked is not None and (asked not in side or asked % step):
+                raise InputError(f"this bundle draws a {name} of {side.short} pixels, in steps of {step}, and the request asks for {asked}")
 
     def _check_gate(self, gate: Gate, steps: int) -> None:
         """Refuse a gate that needs an engine that there is not, or more steps than the run has."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 
 from tgate_trt.engines.base import Engine
 from tgate_trt.engines.batching import Batcher, BatchingEngine
+from tgate_trt.running.components import LOADING
 from tgate_trt.running.loading import EngineLoader
 
 
@@ -20,7 +20,6 @@ class SharedEngines(EngineLoader):
     def __post_init__(self) -> None:
         """Begin without engines."""
         super().__post_init__()
-        self._lock = threading.RLock()
         self._engines: dict[str, BatchingEngine | None] = {}
 
     @classmethod
@@ -30,7 +29,7 @@ class SharedEngines(EngineLoader):
 
     def load(self, graph: str) -> Engine:
         """The engine of a graph; see `EngineLoader.load`."""
-        with self._lock:
+        with LOADING:
             engine = self._engines.get(graph)
             if engine is None:
                 engine = self._engines[graph] = BatchingEngine(super().load(graph), self.batcher)
@@ -38,7 +37,7 @@ class SharedEngines(EngineLoader):
 
     def load_vanilla(self) -> Engine | None:
         """See `EngineLoader.load_vanilla`."""
-        with self._lock:
+        with LOADING:
             if "vanilla" not in self._engines:
                 engine = super().load_vanilla()
                 is_ready = engine is None or isinstance(engine, BatchingEngine)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from tgate_trt.engines.batching import Member
-from tgate_trt.errors import UnsupportedError
+from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.gate.denoiser import FIDELITY, FORECAST, HAND_OFF, PLANNING, GatedDenoiser
 from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.stand_in import StandIn
@@ -192,7 +192,8 @@ class Slot:
         return 0 if tokenizer is None else len(tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids)
 
     def _arguments(self, pipeline: Any, request: Request) -> dict[str, Any]:
-        built_for, manifest = self.bundle.manifest.built_for, self.bundle.manifest
+        manifest, built_for = self.bundle.manifest, self.bundle.manifest.built_for
+        size = width, height = request.width or built_for.width.optimum, request.height or built_for.height.optimum
         arguments: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -200,15 +201,16 @@ class Slot:
             "guidance_scale": manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             "generator": torch.Generator().manual_seed(request.seed),
             "strength": request.strength,
-            "height": built_for.height.optimum,
-            "width": built_for.width.optimum,
+            "height": height,
+            "width": width,
             "use_resolution_binning": False,
         }
-        size = built_for.width.optimum, built_for.height.optimum
         if request.image is not None:
-            arguments["image"] = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            with _decoding("picture to start from"):
+                arguments["image"] = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         if request.mask is not None:
-            arguments["mask_image"] = drawn_anew(request.mask).resize(size, Image.Resampling.NEAREST)
+            with _decoding("mask"):
+                arguments["mask_image"] = drawn_anew(request.mask).resize(size, Image.Resampling.NEAREST)
         taken = signature(pipeline.__call__).parameters
         return {name: value for name, value in arguments.items() if value is not None and name in taken}
 
@@ -229,6 +231,15 @@ class Slot:
             return {}
 
         return {"callback_on_step_end": after_step}
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises for a damaged file into one sentence."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"the {name} is damaged; send it again") from error
 
 
 def drawn_anew(mask: Image.Image) -> Image.Image:

@@ -62,11 +62,11 @@ async def _parts_of(form: FormData) -> tuple[dict[str, Any], bytes, bytes | None
     return fields, files[_IMAGE_FIELDS[0]], files.get(_MASK)
 
 
-def decoded_image(data: bytes, limits: Limits, name: str) -> Image.Image:
-    """A picture from an uploaded file, decoded after its size was checked.
+def opened_image(data: bytes, limits: Limits, name: str) -> Image.Image:
+    """A picture from an uploaded file, whose pixels are decoded when they are first used; its size is checked now.
 
     Raises:
-        InputError: if it is none of `FORMATS`, damaged, or has too many pixels.
+        InputError: if it is none of `FORMATS`, damaged as far as its header and sums tell, or has too many pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -75,12 +75,12 @@ def decoded_image(data: bytes, limits: Limits, name: str) -> Image.Image:
             width, height = image.size
             if width * height > limits.pixels:
                 raise InputError(f"{name} has {width}×{height} pixels, and {limits.pixels} are the most; scale it down")
-            image.load()
+            image.verify()
+            return Image.open(io.BytesIO(data), formats=FORMATS)
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name} is no whole {', '.join(FORMATS)} picture") from error
-    return image
 
 
 def encoded_image(image: Image.Image, kind: str) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+import tgate_trt.serve.cluster  # noqa: F401 - Ray changes the process when it is imported, which no test should
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.serve.metrics import Metrics
 from tgate_trt.serve.server import Settings, application_of, listening, server_of, services_of

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +22,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tgate_trt.bundle.bundle import Bundle
@@ -126,6 +131,21 @@ def test_a_large_body_is_refused_before_it_is_read(running: Running) -> None:
         assert sent < 64 * 2**20
     until(lambda: running.outcomes().get("too_large", 0) == 2)
     assert post(running, SHORT).status_code == 200
+
+
+def test_bodies_are_bounded_together(serve: Serve) -> None:
+    with serve(limits=Limits(bodies=2**20)) as running:
+        head = (
+            f"POST {GENERATIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {2**20}\r\n\r\n".encode()
+        )
+        with running.connection() as first, running.connection() as second:
+            for connection in (first, second):
+                connection.sendall(head + b" " * (2**20 - 2**16))
+            second.settimeout(30)
+            answered = select.select([first, second], [], [], 30)[0]
+            assert b" 503 " in answered[0].recv(65536).splitlines()[0]
+        until(lambda: running.outcomes().get("busy") == 1)
+        assert post(running, SHORT).status_code == 200
 
 
 def test_a_slow_body_is_given_up(serve: Serve) -> None:
@@ -274,6 +294,39 @@ def test_a_port_that_is_taken_is_refused_in_a_sentence(shapes_bundle: Bundle) ->
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = CliRunner().invoke(command, [str(shapes_bundle.folder), "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 1 and "choose another --port" in result.stderr
+
+
+def test_without_the_extra_the_command_says_what_to_install(shapes_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tgate_trt.serve.server", None)
+    result = CliRunner().invoke(command, [str(shapes_bundle.folder)])
+    assert result.exit_code == 1 and "extra [serve]" in result.stderr
+
+
+def test_a_configuration_of_ray_is_written(shapes_bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    result = CliRunner().invoke(command, [str(shapes_bundle.folder), "--replicas", "2", "--write-config", str(file)])
+    assert (result.exit_code, result.stdout) == (0, f"{file}\n")
+    (application,) = json.loads(file.read_text(encoding="utf-8"))["applications"]
+    assert application["args"]["replicas"] == 2
+
+
+def test_a_full_disk_fails_no_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload of some MB, which a server would usually spool to a file."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    noise, buffer = Image.effect_noise((2000, 2000), 100), io.BytesIO()
+    noise.save(buffer, "PNG")
+    assert len(buffer.getvalue()) > 2**21
+    with monkeypatch.context() as patch:
+        for name in ("_mkstemp_inner", "NamedTemporaryFile", "TemporaryFile"):
+            patch.setattr(tempfile, name, full)
+        with running.client() as client:
+            response = client.post(
+                "/v1/images/edits", data={"prompt": PROMPT, "num_inference_steps": "2"}, files={"image": buffer.getvalue()}
+            )
+    assert response.status_code == 200
 
 
 def test_several_bundles_share_a_machine_by_holding_one_engine_each(shapes_bundle: Bundle, tmp_path: Path) -> None:

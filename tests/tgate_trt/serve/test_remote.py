@@ -36,7 +36,16 @@ class Held:
         self.begun: list[int] = []
 
     async def describe(self) -> Model:
-        more: dict[str, Any] = {"abilities": [], "backend": "onnxruntime", "steps": 25, "guidance_scale": None, "gate": "10", "gates": []}
+        more: dict[str, Any] = {
+            "abilities": [],
+            "backend": "onnxruntime",
+            "steps": 25,
+            "guidance_scale": None,
+            "gate": "10",
+            "gates": [],
+            "widths": "64",
+            "heights": "64",
+        }
         return Model(id="bundle", created=0, size="64x64", **more)
 
     async def draw(self, request: Request, kind: str, seconds: float) -> AsyncGenerator[Event, None]:

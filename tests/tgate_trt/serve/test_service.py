@@ -157,6 +157,18 @@ def test_a_picture_can_be_edited_and_painted_within_a_mask(service: Service, alo
         assert (pixels(picture) == pixels(expected)).all()
 
 
+def test_slots_that_need_the_eager_part_at_once_load_it_once(shapes_bundle: Bundle) -> None:
+    """Two loads at once would leave `torch.nn.Module` as diffusers patches it meanwhile, and every later module without weights."""
+    before = vars(torch.nn.Module)["register_parameter"]
+    edit = Request(PROMPTS[0], image=Image.new("RGB", (64, 64)), steps=2)
+    with Service(shapes_bundle, running=3, backend="onnxruntime", threads=1) as service:
+        for job in service.submit([edit] * 3):
+            job.result(WAIT)
+        service.draw(edit)
+    assert vars(torch.nn.Module)["register_parameter"] is before
+    assert not any(parameter.is_meta for parameter in torch.nn.Linear(1, 1).parameters())
+
+
 def test_a_transparent_mask_is_openais() -> None:
     mask = Image.new("RGBA", (2, 1), (255, 255, 255, 255))
     mask.putpixel((0, 0), (0, 0, 0, 0))
