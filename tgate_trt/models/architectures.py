@@ -173,3 +173,10 @@ def table() -> str:
         gate = f"{round(row.gate_step * row.steps)} of {row.steps}" + ("" if row.is_official else " (ours)")
         lines.append(f"| `{row.name}` | {row.what} | {weights} | {size} | {row.steps} | {guidance} | {gate} |")
     return "\n".join(lines)
+
+
+def short_table() -> str:
+    """The names of the models alone, by what they make, as a table in Markdown."""
+    usual = "text to image"
+    others = ", ".join(f"{row.name} ({row.what})" for row in ARCHITECTURES.values() if row.what != usual)
+    return f"| makes | `--model` |\n|---|---|\n| {usual} | {names(usual)} |\n| other | {others} |"
