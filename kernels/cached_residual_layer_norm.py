@@ -30,8 +30,8 @@ class Tile:
     """Warps that it runs on."""
 
 
-TUNED = {320: Tile(1, 1), 640: Tile(1, 2), 1152: Tile(1, 4), 1280: Tile(1, 4)}
-"""For SD 1.5 (320, 640, 1280), SDXL (640, 1280) and PixArt (1152): up to 16 elements a thread, two loads of 16 bytes in fp16."""
+TUNED = {320: Tile(2, 2), 640: Tile(1, 2), 1152: Tile(1, 4), 1280: Tile(1, 2)}
+"""For SD 1.5 (320, 640, 1280), SDXL (640, 1280) and PixArt (1152): the fastest of a sweep on an H100, see docs/performance.md."""
 
 
 def tile_of(width: int) -> Tile:

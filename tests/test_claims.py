@@ -179,10 +179,21 @@ def test_the_demo_draws_what_its_caption_names() -> None:
 def test_the_only_engine_that_a_gpu_ran_is_pytorchs() -> None:
     """A record of another engine on a GPU makes the status in the README untrue: mend that with the record."""
     on_gpu = [path.name for path in RESULTS.glob("*.json") if record(path.name).get("machine", {}).get("gpu") is not None]
-    assert on_gpu == ["gpu-sdxl.json"]
-    found = record("gpu-sdxl.json")
-    assert "H100" in found["machine"]["gpu"]
-    assert {setting["setting"]["backend"] for setting in found["results"]["settings"].values()} == {"pytorch", None}
+    assert sorted(on_gpu) == ["gpu-sd15-batch4.json", "gpu-sd15.json", "gpu-sdxl.json", "gpu-steps-sd15.json"]
+    for found in map(record, on_gpu):
+        assert "H100" in found["machine"]["gpu"]
+        if "settings" in found["results"]:
+            assert {setting["setting"]["backend"] for setting in found["results"]["settings"].values()} <= {"pytorch", None}
+
+
+@pytest.mark.parametrize(("column", "name"), [(1, "gpu-sdxl.json"), (3, "gpu-sd15.json")])
+def test_the_table_of_a_gpu_is_that_of_its_records(column: int, name: str) -> None:
+    settings = record(name)["results"]["settings"]
+    shown = {row[0].strip("`"): row[column : column + 2] for row in rows_of(page("docs/performance.md"), "way")[1:]}
+    for label, setting in settings.items():
+        time, share = shown[label.removesuffix(", pytorch")]
+        assert shown_as(time, setting["seconds"]["median"]) == time
+        assert share == f"{setting['denoising_ratio']['median']:.3f}"
 
 
 def test_ratios_of_records_are_medians_within_a_round() -> None:

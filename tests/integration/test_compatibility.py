@@ -116,7 +116,7 @@ def _(trial: Trial) -> None:
     trial.same(latents=torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)))
 
 
-@feature("`prompt_embeds` of the bundle's number of tokens", "works")
+@feature("`prompt_embeds` of any number of tokens", "works")
 def _(trial: Trial) -> None:
     embeddings = torch.randn(2, 1, 77, 32, generator=torch.Generator().manual_seed(1))
     trial.same(prompt=None, prompt_embeds=embeddings[0], negative_prompt_embeds=embeddings[1])
@@ -237,7 +237,7 @@ def _(trial: Trial) -> None:
     trial.refused(lambda pipeline: trial.draw(pipeline, cross_attention_kwargs={"scale": 0.5}))
 
 
-@feature("ControlNet and T2I-Adapter", "refused")
+@feature("ControlNet and T2I-Adapter, without `--control` at the build", "refused")
 def _(trial: Trial) -> None:
     trial.ours.scheduler.set_timesteps(3)
     call = (torch.zeros(2, 4, 8, 8), trial.ours.scheduler.timesteps[0], torch.zeros(2, 77, 32))
@@ -245,7 +245,7 @@ def _(trial: Trial) -> None:
     trial.refused(lambda pipeline: pipeline.unet(*call, down_intrablock_additional_residuals=[torch.zeros(2, 32, 8, 8)]))
 
 
-@feature("IP-Adapter", "refused")
+@feature("an IP-Adapter that the bundle was built without", "refused")
 def _(trial: Trial) -> None:
     trial.ours.scheduler.set_timesteps(3)
     text = (torch.zeros(2, 77, 32), [torch.zeros(2, 4, 32)])
@@ -253,11 +253,11 @@ def _(trial: Trial) -> None:
     trial.refused(lambda pipeline: pipeline.set_ip_adapter_scale(0.5))
 
 
-@feature("other sizes, longer `prompt_embeds`, more images than the bundle's", "refused")
+@feature("other sizes, `prompt_embeds` of another width, more images than the bundle's", "refused")
 def _(trial: Trial) -> None:
     trial.refused(lambda pipeline: trial.draw(pipeline, height=128, width=128), GateError)
-    long = {"prompt": None, "prompt_embeds": torch.zeros(1, 154, 32), "negative_prompt_embeds": torch.zeros(1, 154, 32)}
-    trial.refused(lambda pipeline: trial.draw(pipeline, **long), GateError)
+    wide = {"prompt": None, "prompt_embeds": torch.zeros(1, 77, 48), "negative_prompt_embeds": torch.zeros(1, 77, 48)}
+    trial.refused(lambda pipeline: trial.draw(pipeline, **wide), GateError)
     trial.refused(lambda pipeline: trial.draw(pipeline, num_images_per_prompt=32), GateError)
 
 

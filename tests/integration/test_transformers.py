@@ -202,7 +202,7 @@ def test_image_to_video_equals_the_official_code(tmp_path: Path) -> None:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=16
     )
-    blocks: dict[str, Any] = {"block_out_channels": [8] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4}
+    blocks: dict[str, Any] = {"block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4}
     pipeline = quiet(
         StableVideoDiffusionPipeline(
             vae=AutoencoderKLTemporalDecoder(**blocks).eval(),

@@ -23,11 +23,16 @@ from tgate_trt.taps import CROSS_ATTENTION, TAPPED_MODULES, recipe
 GATES = (5 / 25, 10 / 25)
 """The gate in the paper's tables, as a fraction of the steps: 5 and 10 of 25, and LCM's 1 and 2 of 4."""
 
+GATES_OF_PIXART = (15 / 25,)
+"""That of PixArt with guidance."""
+
 PUBLISHED: Mapping[str, Mapping[int, float]] = {
     "sd15": {25: 16.938, 5: 9.875, 10: 11.641},
     "sd21": {25: 38.041, 5: 22.208, 10: 26.166},
     "sdxl": {25: 149.438, 5: 84.438, 10: 100.688},
-    "pixart-alpha": {25: 107.031},
+    "pixart-alpha": {25: 107.031, 15: 70.23},
+    "pixart-sigma": {25: 107.766},
+    "lcm-pixart": {4: 8.563, 1: 7.623},
     "lcm-sdxl": {4: 11.955, 1: 11.171, 2: 11.433},
 }
 """The paper's tera-MACs of a picture by the number of planning steps (for vanilla, of all steps), to compare our own counts with."""
@@ -121,7 +126,8 @@ class ModelCost:
         """The table's rows: vanilla, and at each of `GATES` cfg-drop (where there is guidance to drop) and T-GATE."""
         published = PUBLISHED.get(self.model, {})
         rows = [PictureCost("vanilla", self.steps, self.steps * self.vanilla, published.get(self.steps))]
-        for steps in (planning_steps(gate, self.steps) for gate in GATES):
+        gates = GATES_OF_PIXART if self.guided and self.model.startswith("pixart") else GATES
+        for steps in (planning_steps(gate, self.steps) for gate in gates):
             if self.guided:
                 rows.append(PictureCost("cfg-drop", steps, macs_of_picture(self.vanilla, self.single, steps, self.steps), None))
             gated = macs_of_picture(self.planning, self.fidelity, steps, self.steps)
@@ -183,8 +189,9 @@ def _further(traced: ir.Model, source: ModelSource) -> tuple[PictureCost, ...]:
 
 
 def rows_of_step(source: ModelSource) -> int:
-    """Rows of an image before the gate: two under guidance, one where the guidance scale is an input of the denoiser, as in LCM."""
-    return 1 if source.denoiser_config().get("time_cond_proj_dim") else 2
+    """Rows of an image before the gate: two under guidance, one where the model was distilled on it, as LCM and Turbo were."""
+    is_distilled = source.denoiser_config().get("time_cond_proj_dim") or source.guidance_scale == 0
+    return 1 if is_distilled else 2
 
 
 def _parameters(graphs: Mapping[str, ir.Model], state: Mapping[str, tuple[int, ...]]) -> Parameters:

@@ -85,11 +85,18 @@ def level_of_gate(scheduler: Any, steps: int, gate_step: GateStep) -> float | No
 
 
 def read_scheduler(pipeline: Path) -> Any:
-    """The scheduler of the diffusers pipeline in a folder."""
+    """The scheduler of the diffusers pipeline in a folder.
+
+    Raises:
+        InputError: if it needs a package that is not installed.
+    """
     import diffusers
 
     config = read_json(pipeline / "scheduler" / SCHEDULER)
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    try:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    except ImportError as error:
+        raise InputError(str(error).strip().partition("\n")[0]) from error
 
 
 def noise_levels(scheduler: Any) -> tuple[float, ...]:

@@ -68,9 +68,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("sd21", 768, 768, _UNET_GATE, 25, 7.5, "stabilityai/stable-diffusion-2-1"),
         Architecture("sdxl", 1024, 1024, _UNET_GATE, 25, 5.0, _SDXL),
         Architecture("lcm-sdxl", 1024, 1024, _LCM_GATE, 4, 8.0, _SDXL, "latent-consistency/lcm-sdxl"),
-        Architecture("pixart-alpha", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-XL-2-1024-MS"),
-        Architecture("pixart-sigma", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
-        Architecture("lcm-pixart", 1024, 1024, _LCM_GATE, 4, 0.0, "PixArt-alpha/PixArt-LCM-XL-2-1024-MS", base="pixart-alpha"),
+        Architecture("pixart-alpha", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-XL-2-1024-MS", without=_TEXT),
+        Architecture("pixart-sigma", 1024, 1024, _TRANSFORMER_GATE, 25, 4.5, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", without=_TEXT),
+        Architecture(
+            "lcm-pixart", 1024, 1024, _LCM_GATE, 4, 0.0, "PixArt-alpha/PixArt-LCM-XL-2-1024-MS", base="pixart-alpha", without=_TEXT
+        ),
         Architecture(
             "svd",
             576,
@@ -171,3 +173,10 @@ def table() -> str:
         gate = f"{round(row.gate_step * row.steps)} of {row.steps}" + ("" if row.is_official else " (ours)")
         lines.append(f"| `{row.name}` | {row.what} | {weights} | {size} | {row.steps} | {guidance} | {gate} |")
     return "\n".join(lines)
+
+
+def short_table() -> str:
+    """The names of the models alone, by what they make, as a table in Markdown."""
+    usual = "text to image"
+    others = ", ".join(f"{row.name} ({row.what})" for row in ARCHITECTURES.values() if row.what != usual)
+    return f"| makes | `--model` |\n|---|---|\n| {usual} | {names(usual)} |\n| other | {others} |"
