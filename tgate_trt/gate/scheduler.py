@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgate_trt.errors import GateError
+from tgate_trt.errors import GateError, InputError
 from tgate_trt.files import read_json
 from tgate_trt.gate.schedule import GateSchedule, GateStep, noise_of, planning_steps, rounded_up
 from tgate_trt.models.source import SCHEDULER
