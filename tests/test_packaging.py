@@ -77,6 +77,7 @@ def test_the_wheel_holds_every_module(wheel: set[str]) -> None:
 
 def test_the_wheel_holds_the_data(wheel: set[str]) -> None:
     data = [*(ROOT / "tgate_trt/configs").rglob("*.json"), *(path for path in (ROOT / "tgate_trt/demo/model").rglob("*") if path.is_file())]
+    data += (ROOT / "tgate_trt/serve/page").iterdir()
     assert data
     assert {str(path.relative_to(ROOT)) for path in data} | {"tgate_trt/py.typed"} <= wheel
 

@@ -1,6 +1,7 @@
 """A server under load, from another process on the same machine: closed loops, whose clients wait, and open ones, whose do not.
 
-Every point is measured in rounds with each way to batch in turn, so that a drift of the machine meets all alike. In an open loop a
+Every point is measured in rounds with each way to batch in turn, so that a drift of the machine meets all alike; the rates of open loops
+follow from the capacity in the same round. In an open loop a
 request's time counts from when it was due, and arrivals are a seeded Poisson process.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import random
 import re
 import statistics
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -189,63 +190,67 @@ class Point:
     kind: str
     """``"closed"``, ``"streams"``, which is closed with streams, or ``"open"``."""
     level: float
-    """Clients, or requests a second."""
+    """Clients; in an open loop, the rate as a share of the round's capacity."""
     seconds: float
     """How long requests are begun in a round."""
-    share: float | None = None
-    """Of the capacity, in an open loop."""
 
     def __post_init__(self) -> None:
         """Begin without samples."""
-        self.samples: list[Sample] = []
-        self.in_time: list[int] = []
-        """Pictures of each round within its time, but for its beginning."""
+        self.rounds: list[list[Sample]] = []
+        self.throughput: list[float] = []
+        """Pictures a second within the time of each round, but for its beginning."""
         self.memory: list[int] = []
         self.engines = [0.0, 0.0, 0.0]
         self.wall = 0.0
 
-    def run(self) -> None:
-        """Measure one round."""
+    def run(self, capacity: float = 0.0) -> None:
+        """Measure one round.
+
+        Args:
+            capacity: of the server in this round, in pictures a second; for an open loop.
+        """
         before, start = [self.server.metric(name) for name in _ENGINE_METRICS], time.perf_counter()
         with MemoryWatch(self.server.process.pid) as memory:
             if self.kind == "open":
-                samples = open_loop(self.server, self.level, self.seconds, seed=len(self.in_time))
+                samples = open_loop(self.server, self.level * capacity, self.seconds, seed=len(self.rounds))
             else:
                 samples = closed_loop(self.server, int(self.level), self.seconds, stream=self.kind == "streams")
         self.wall += time.perf_counter() - start
         after = [self.server.metric(name) for name in _ENGINE_METRICS]
         self.engines = [own + end - begin for own, begin, end in zip(self.engines, before, after, strict=True)]
-        within = (start + self._ramp, start + self.seconds)
-        self.in_time.append(sum(sample.status == 200 and within[0] <= sample.ended <= within[1] for sample in samples))
-        self.samples += samples
+        ramp = min(_RAMP, self.seconds / 4)
+        in_time = sum(sample.status == 200 and start + ramp <= sample.ended <= start + self.seconds for sample in samples)
+        self.throughput.append(in_time / (self.seconds - ramp))
+        self.rounds.append(samples)
         self.memory += memory.samples
 
-    @property
-    def _ramp(self) -> float:
-        return min(_RAMP, self.seconds / 4)
+    def p99(self, number: int) -> float:
+        """Of a round's pictures, in seconds; not a number if there are none."""
+        seconds = [sample.seconds for sample in self.rounds[number] if sample.status == 200]
+        return float(numpy.percentile(seconds, 99)) if seconds else math.nan
 
     @property
-    def throughput(self) -> float:
-        """Pictures a second: the median of the rounds."""
-        return statistics.median(self.in_time) / (self.seconds - self._ramp)
+    def errors(self) -> int:
+        """Requests that ended neither with a picture nor with 429."""
+        return sum(sample.status not in (200, 429) for samples in self.rounds for sample in samples)
 
     def results(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        drawn = [sample for sample in self.samples if sample.status == 200]
-        statuses = Counter(sample.status for sample in self.samples)
+        samples = [sample for each in self.rounds for sample in each]
+        drawn = [sample for sample in samples if sample.status == 200]
         engines, rows, ran = self.engines
         return {
             "policy": self.server.policy,
             "kind": self.kind,
             "level": self.level,
-            "share": self.share,
-            "requests": len(self.samples),
-            "throughput": self.throughput,
-            "throughput_of_rounds": [count / (self.seconds - self._ramp) for count in self.in_time],
+            "requests": len(samples),
+            "throughput": statistics.median(self.throughput),
+            "throughput_of_rounds": list(self.throughput),
             "latency": _percentiles([sample.seconds for sample in drawn]),
+            "p99_of_rounds": [self.p99(number) for number in range(len(self.rounds))],
             "first_partial": _percentiles([sample.first_partial for sample in drawn if sample.first_partial is not None]),
-            "refused": statuses[429],
-            "errors": sum(count for status, count in statuses.items() if status not in (200, 429)),
+            "refused": sum(sample.status == 429 for sample in samples),
+            "errors": self.errors,
             "memory": {"first": self.memory[0], "last": self.memory[-1], "peak": max(self.memory)},
             "outside_engines": 1 - engines / self.wall if ran else None,
             "rows_a_batch": rows / ran if ran else None,
@@ -277,45 +282,50 @@ def measure(
         backend: of the engines.
 
     Yields:
-        The points after the closed loops, whose best throughput of continuous batching is the capacity, in pictures a second; and after
-        the open ones, with the goals that were met.
+        After each round, the points, the capacity of continuous batching in each round, which is its throughput with as many clients as
+        pictures are drawn at a time, and what was aimed at beside what was found.
     """
     with servers(bundle, running, queue, backend) as found:
         for server in found.values():
             closed_loop(server, running, 3.0)
-        levels = (1, running // 2, running, 2 * running, running + queue)
-        closed = [Point(server, "closed", clients, seconds) for clients in levels for server in found.values()]
-        closed += [Point(found[CONTINUOUS], "streams", clients, seconds) for clients in (1, running)]
-        _run(closed, rounds)
-        capacity = max(point.throughput for point in closed if point.server.policy == CONTINUOUS and point.kind == "closed")
-        yield {"points": [point.results() for point in closed], "capacity": capacity}
-        opened = [
-            Point(server, "open", share * capacity, seconds * LONGER if share == SHARES[0] else seconds, share)
+        closed = {
+            clients: [Point(server, "closed", clients, seconds) for server in found.values()] for clients in (1, running, running + queue)
+        }
+        streams = [Point(found[CONTINUOUS], "streams", clients, seconds) for clients in (1, running)]
+        opened = {
+            share: [Point(server, "open", share, seconds * (LONGER if share == SHARES[0] else 1)) for server in found.values()]
             for share in SHARES
-            for server in found.values()
-        ]
-        _run(opened, rounds)
-    points = [point.results() for point in (*closed, *opened)]
-    yield {"points": points, "capacity": capacity, "goals": goals_of(points)}
+        }
+        capacities: list[float] = []
+        for _ in range(rounds):
+            for point in (*closed[1], *closed[running]):
+                point.run()
+            capacities.append(closed[running][0].throughput[-1])
+            for point in (each for points in opened.values() for each in points):
+                point.run(max(capacities[-1], 1 / seconds))
+            for point in (*closed[running + queue], *streams):
+                point.run()
+            points = [point for group in (*closed.values(), streams, *opened.values()) for point in group]
+            goals = goals_of(closed[1][0], closed[running][0], opened[SHARES[0]][0], opened[SHARES[-1]][0])
+            yield {"points": [point.results() for point in points], "capacity": capacities, "goals": goals}
 
 
-def _run(points: Sequence[Point], rounds: int) -> None:
-    """Measure points in rounds, forwards and backwards in turn, so that a drift of the machine meets all alike."""
-    for number in range(rounds):
-        for point in points if number % 2 == 0 else reversed(points):
-            point.run()
+def goals_of(alone: Point, full: Point, half: Point, four: Point) -> dict[str, Any]:
+    """What was aimed at for continuous batching, and what was found: ratios are medians of those within a round.
 
-
-def goals_of(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was aimed at for continuous batching, and what was found."""
-    ours = [point for point in points if point["policy"] == CONTINUOUS]
-    alone = next(point for point in ours if point["kind"] == "closed" and point["level"] == 1)
-    half, full = (next(point for point in ours if point["share"] == share) for share in (SHARES[0], SHARES[-1]))
-    best = max(point["throughput"] for point in ours if point["kind"] != "streams")
-    first, last = alone["memory"]["peak"], full["memory"]["peak"]
+    Args:
+        alone: a closed loop of one client.
+        full: of as many clients as pictures are drawn at a time.
+        half: an open loop of half the capacity.
+        four: of four times the capacity.
+    """
+    tails = [half.p99(number) / alone.p99(number) for number in range(len(alone.rounds))]
+    goodput = [
+        own / max(best) if max(best) else math.nan for own, *best in zip(four.throughput, four.throughput, full.throughput, strict=True)
+    ]
     return {
-        "p99_at_half": {"found": half["latency"]["p99"] / alone["latency"]["p99"], "goal": 1.5},
-        "errors_at_four": {"found": full["errors"], "goal": 0},
-        "goodput_at_four": {"found": full["throughput"] / best, "goal": 0.9},
-        "memory_growth": {"found": last / first, "goal": 1.1},
+        "p99_at_half": {"found": statistics.median(tails), "goal": 1.5},
+        "errors_at_four": {"found": four.errors, "goal": 0},
+        "goodput_at_four": {"found": statistics.median(goodput), "goal": 0.9},
+        "memory_growth": {"found": max(four.memory) / max(alone.memory), "goal": 1.1},
     }

@@ -299,7 +299,7 @@ def _load(record: Mapping[str, Any]) -> Iterator[Table]:
 
     def level(point: Mapping[str, Any]) -> str:
         if point["kind"] == "open":
-            return f"open, {point['share']:g} × capacity ({point['level']:.2f}/s)"
+            return f"open, {point['level']:g} × capacity"
         return f"{'streams' if point['kind'] == 'streams' else 'closed'}, {point['level']:.0f} clients"
 
     def latency(name: str, which: str) -> Callable[[Mapping[str, Any]], str]:
@@ -321,16 +321,15 @@ def _load(record: Mapping[str, Any]) -> Iterator[Table]:
     }
     times = f"{settings['rounds']} rounds of {settings['seconds']:g} s a load"
     notes = [f"{settings['running']} pictures at a time, {settings['queue']} wait; {times}."]
-    if "capacity" in results:
-        notes.append(f"Capacity: {results['capacity']:.2f} pictures a second, the best throughput of continuous batching.")
+    capacities = ", ".join(f"{capacity:.2f}" for capacity in results["capacity"])
+    notes.append(f"Capacity of continuous batching by round: {capacities} pictures a second.")
     yield _table(f"Under load, {_subject(record)}", results["points"], columns, notes)
-    if "goals" in results:
-        goals: Columns = {
-            "goal": lambda goal: _GOALS[goal[0]],
-            "found": lambda goal: f"{goal[1]['found']:.2f}",
-            "aimed at": lambda goal: f"{goal[1]['goal']:g}",
-        }
-        yield _table("Goals, continuous batching", results["goals"].items(), goals)
+    goals: Columns = {
+        "goal": lambda goal: _GOALS[goal[0]],
+        "found": lambda goal: f"{goal[1]['found']:.2f}",
+        "aimed at": lambda goal: f"{goal[1]['goal']:g}",
+    }
+    yield _table("Goals, continuous batching", results["goals"].items(), goals)
 
 
 _GOALS = {

@@ -228,7 +228,7 @@ def kernels(
 @app.command()
 def load(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle that tgate-build made.")],
-    seconds: Annotated[float, typer.Option(min=1, help="Of each load in a round; of the lowest rate four times as long.")] = 8.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each load in a round; of the lowest rate four times as long.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="How often every load is measured.")] = 2,
     running: Annotated[int, typer.Option(min=2, help="Pictures at a time.")] = 4,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that wait.")] = 16,
@@ -239,7 +239,7 @@ def load(
 ) -> None:
     """Measure a server under load: continuous batching beside one picture at a time and beside batches that wait.
 
-    Closed loops of 1 to as many clients as have a place, and open loops of half to four times the capacity. The servers are processes of
+    Closed loops of one client to as many as have a place, and open loops of half to four times the capacity. The servers are processes of
     their own on this machine, and so is the command that loads them.
 
     For example: `tgate-bench load bundles/shapes-64x64-fp32`

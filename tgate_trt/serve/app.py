@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mimetypes
 import secrets
 import time
 from base64 import b64encode
@@ -17,8 +18,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.staticfiles import StaticFiles
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tgate_trt.errors import InputError, TGateError
 from tgate_trt.serve.answers import (
@@ -271,14 +271,21 @@ def _add_states(app: FastAPI, drawer: Drawer, metrics: Metrics) -> None:
 
 
 def _add_page(app: FastAPI, page: Path) -> None:
-    if not (page / "index.html").is_file():
-        return
+    """Serve the files of a folder as they are now, from memory: a path of a request names one of them or nothing."""
+    files = {file.name: file.read_bytes() for file in page.iterdir() if file.is_file()} if page.is_dir() else {}
+
+    def file_of(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404, "there is no such page")
+        return Response(files[name], media_type=mimetypes.guess_type(name)[0] or "application/octet-stream")
 
     @app.get("/", include_in_schema=False)
-    async def index() -> FileResponse:
-        return FileResponse(page / "index.html")
+    async def index() -> Response:
+        return file_of("index.html")
 
-    app.mount("/page", StaticFiles(directory=page))
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        return file_of(name)
 
 
 def _add_handlers(app: FastAPI, metrics: Metrics) -> None:

@@ -223,6 +223,17 @@ def test_the_states(running: Running) -> None:
         assert client.get("/nothing").status_code == 404
 
 
+def test_the_page_and_its_files_are_there(running: Running) -> None:
+    with running.client() as client:
+        page = client.get("/")
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+        files = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+        assert files
+        for file in files:
+            assert client.get(f"/{file}").status_code == 200
+        assert client.get("/page/page.js").headers["content-type"].startswith(("text/javascript", "application/javascript"))
+
+
 def test_every_answer_has_the_headers_that_protect_its_reader(running: Running) -> None:
     with running.client() as client:
         for path in ("/healthz", "/nothing", "/v1/models"):

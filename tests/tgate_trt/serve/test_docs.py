@@ -57,3 +57,22 @@ def test_the_tests_of_the_faults_exist() -> None:
     for file, name in faults:
         tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
         assert not name or name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+
+
+def test_what_the_page_says_of_the_load_is_in_its_record() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "load.json").read_text(encoding="utf-8"))["results"]
+    goals = {name: (goal["found"], goal["goal"]) for name, goal in results["goals"].items()}
+    met = {
+        "errors_at_four": goals["errors_at_four"][0] <= goals["errors_at_four"][1],
+        "goodput_at_four": goals["goodput_at_four"][0] >= goals["goodput_at_four"][1],
+        "memory_growth": goals["memory_growth"][0] <= goals["memory_growth"][1],
+        "p99_at_half": goals["p99_at_half"][0] <= goals["p99_at_half"][1],
+    }
+    assert met == {"errors_at_four": True, "goodput_at_four": True, "memory_growth": True, "p99_at_half": False}
+    assert "three of the four goals were met" in PAGE and "p99 at half the capacity is more than 1.5 times" in " ".join(PAGE.split())
+    most = max(point["level"] for point in results["points"] if point["kind"] == "open")
+    ours, one = (
+        next(p["throughput"] for p in results["points"] if p["kind"] == "open" and p["level"] == most and p["policy"] == policy)
+        for policy in ("continuous batching", "one at a time")
+    )
+    assert ours > one
