@@ -200,7 +200,7 @@ def test_image_to_video_equals_the_official_code(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=16
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56, projection_dim=16
     )
     blocks: dict[str, Any] = {"block_out_channels": [32] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 4}
     pipeline = quiet(
@@ -211,7 +211,7 @@ def test_image_to_video_equals_the_official_code(tmp_path: Path) -> None:
             scheduler=EulerDiscreteScheduler(
                 prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0
             ),
-            feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+            feature_extractor=CLIPImageProcessor(size={"shortest_edge": 224}),
         )
     )
     bundle = tgate_trt.build(pipeline, tmp_path / "bundle", height=64, width=64, backend=["onnxruntime", "pytorch"])

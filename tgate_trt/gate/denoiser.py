@@ -556,7 +556,7 @@ class GatedDenoiser(StandIn):
         in_parts = guided and self._calls_a_half
         rows = sample.shape[0] * (2 if in_parts else 1)
         timesteps = pipeline.scheduler.timesteps
-        differ = differing_halves(sample) if guided and not in_parts else torch.zeros((), dtype=torch.bool)
+        differ = differing_halves(self._noisy(sample)) if guided and not in_parts else torch.zeros((), dtype=torch.bool)
         if not differ.is_cuda:
             _refuse_differing_halves(differ, rows)
         awaited = Fetched(differ, timesteps)
@@ -613,7 +613,16 @@ class GatedDenoiser(StandIn):
         does_guidance = getattr(pipeline, "do_classifier_free_guidance", None)
         if does_guidance is None and self._calls_a_half:
             does_guidance = getattr(pipeline, "guidance_scale", 0) > 1
-        return not bool(differing_halves(sample)) if does_guidance is None else bool(does_guidance)
+        return not bool(differing_halves(self._noisy(sample))) if does_guidance is None else bool(does_guidance)
+
+    def _noisy(self, sample: Tensor) -> Tensor:
+        """The channels of the latents that are denoised: SVD's others have the image in one half of the guidance, and zeros in the other."""
+        config: Any = getattr(self._orig_mod, "config", {})
+        takes, gives = config.get("in_channels"), config.get("out_channels")
+        if not takes or not gives or gives >= takes:
+            return sample
+        own = next(tensor for tensor in self._signature.inputs if tensor.name == "sample").shape
+        return sample.narrow(own.index(takes, 1), 0, gives) if takes in own[1:] else sample
 
     def _engine(self, graph: str, gate: Gate) -> Engine:
         """The engine that runs a graph, or a substitute for it.
