@@ -616,7 +616,7 @@ class GatedDenoiser(StandIn):
         return not bool(differing_halves(self._noisy(sample))) if does_guidance is None else bool(does_guidance)
 
     def _noisy(self, sample: Tensor) -> Tensor:
-        """The channels of the latents that are denoised: SVD's others have the image in one half of the guidance, and zeros in the other."""
+        """The channels of the latents that are denoised: in SVD's others one half of the guidance has the image, and the other zeros."""
         config: Any = getattr(self._orig_mod, "config", {})
         takes, gives = config.get("in_channels"), config.get("out_channels")
         if not takes or not gives or gives >= takes:
