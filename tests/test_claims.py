@@ -530,3 +530,22 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
     """Names that an assignment gives values."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def test_the_costs_of_builds_are_those_of_their_records() -> None:
+    records = record("build-models.json")["records"]
+    for label, trace, cuts, whole, memory, bundle, weights in rows_of(
+        page("docs/models.md").partition("## What a build costs")[2], "model"
+    )[1:]:
+        results = records[label.strip("`")]["results"]
+        stages, disk = results["stages"], results["disk"]
+        values = (
+            (trace, stages["trace"]),
+            (cuts, stages["planning graph"] + stages["fidelity graph"]),
+            (whole, results["seconds"]),
+            (memory, results["memory"]["peak_anonymous"]),
+            (bundle, disk["bundle"]),
+            (weights, disk["denoiser_weights"]),
+        )
+        for shown, value in values:
+            assert shown_as(shown, value) == shown
