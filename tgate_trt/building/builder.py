@@ -45,7 +45,7 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
     Args:
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
-        **options: ``backend``, ``precision``, ``height``, ``width``, ``batch_size``, ``gates``, ``graphs``, ``compute_capability``,
+        **options: ``backend``, ``precision``, ``height``, ``width``, ``batch_size``, ``controls``, ``gates``, ``graphs``, ``compute_capability``,
             ``weights``, ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``config``,
             ``prediction_type``, ``random_weights``, ``verify``, ``force``; see `tgate_trt.building.request.BuildOptions`.
 
@@ -255,7 +255,7 @@ def _verify_all(folder: Path, source: ModelSource, request: Request, specs: dict
         task = Task(source.reference, folder, spec, request.built_for)
         reports[name] = report = _timed(f"verification of {name}", partial(verify_in_child, task))
         worst = max(check["error"] for check in report["checks"])
-        rows = ", ".join(str(check["rows"]) for check in report["checks"])
+        rows = ", ".join(dict.fromkeys(str(check["rows"]) for check in report["checks"]))
         logger.info(
             "%s agrees with %s at %s rows: largest relative error %.1e, tolerance %.0e",
             name,

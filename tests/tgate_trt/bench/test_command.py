@@ -245,7 +245,7 @@ def test_mistakes_are_one_sentence(error_of: ErrorOf, bundle: Path, tmp_path: Pa
     assert f"{tmp_path} is a folder" in error_of(app, "run", bundle, "--json", tmp_path)
     assert "cannot write to /proc/nowhere" in error_of(app, "growth", "--plot", "/proc/nowhere/a.png")
     assert "gate_step=9 is more than the 4 steps" in error_of(app, "run", bundle, "--gate-step", "9", "--steps", "4")
-    assert "--after-gate takes negative, positive, fading, got 'x'" in error_of(app, "run", bundle, "--after-gate", "x")
+    assert "--after-gate takes negative, positive, positive-mean, fading, got 'x'" in error_of(app, "run", bundle, "--after-gate", "x")
     assert "--rounds must be at least 1, got 0" in error_of(app, "run", bundle, "--rounds", "0")
     assert "there is no backend 'abacus'" in error_of(app, "run", bundle, "--backend", "abacus")
     assert "there is no scheduler 'x'" in error_of(app, "run", bundle, "--scheduler", "x")

@@ -56,7 +56,7 @@ def _all_keys() -> set[str]:
         ("10,sp=0", "sp=0 is impossible: it is a whole number, at least 1"),
         ("10,forecast=1", "forecast=1 is impossible: .* at least 2; forecast=2 runs the denoiser in every other step"),
         ("10,deep=1", "deep=1 is impossible: .* at least 2"),
-        ("10,after=mean", "after_gate must be one of negative, positive, fading; got 'mean'"),
+        ("10,after=mean", "after_gate must be one of negative, positive, positive-mean, fading; got 'mean'"),
         ("10,forecast=2,rule=cubic", "rule=cubic is impossible: it is one of repeat, linear, quadratic, chebyshev"),
         ("10,rule=repeat", "rule and start need forecast"),
         ("10,drop=5", "a gate has a step or drop, not both"),
