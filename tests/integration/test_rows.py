@@ -20,9 +20,8 @@ Run = Callable[..., Result]
 
 def test_the_work_of_a_row_is_counted_on_its_graphs(sd_bundle: Bundle) -> None:
     row = row_of(sd_bundle, Gate(2, forecast=2), 6)
-    planning, fidelity = (
-        macs_of_graph(sd_bundle.folder / f"{graph}.onnx", sd_bundle.graph(graph).sizes(1)).linear for graph in ("planning", "fidelity")
-    )
+    sizes = sd_bundle.manifest.signature.sizes(1)
+    planning, fidelity = (macs_of_graph(sd_bundle.folder / f"{graph}.onnx", sizes).linear for graph in ("planning", "fidelity"))
     assert row.macs == (2 * planning, 2 * planning, fidelity, 0, fidelity, fidelity)
     assert row.vanilla == 2 * planning
     assert row.share == pytest.approx((4 * planning + 3 * fidelity) / (12 * planning))

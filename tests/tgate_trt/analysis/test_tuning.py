@@ -50,7 +50,7 @@ def test_what_is_found_is_the_nearest_that_was_timed_within_the_budget(tuned: tu
     assert shares == sorted(shares) and distances == sorted(distances, reverse=True)
     assert results["held_out"]["pictures"] == 2
     assert len({row["gate"] for row in results["candidates"]}) == len(results["candidates"]) > 5
-    assert any("deep=" in row["gate"] for row in results["candidates"])
+    assert any(key in row["gate"] for row in results["candidates"] for key in ("deep=", "sp=", "forecast="))
     assert not any("sp=" in row["gate"] for row in results["candidates"]), "the bundle has no graph of self-attention reuse"
 
 
