@@ -46,8 +46,8 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
         model: name of a model, diffusers folder, ``.safetensors`` checkpoint, hub id, or a pipeline.
         output: the bundle's folder; ``bundles/<model>-<width>x<height>-<precision>`` if None.
         **options: ``backend``, ``precision``, ``height``, ``width``, ``batch_size``, ``controls``, ``gates``, ``graphs``,
-            ``compute_capability``, ``weights``, ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``, ``config``,
-            ``prediction_type``, ``random_weights``, ``verify``, ``force``; see `tgate_trt.building.request.BuildOptions`.
+            ``compute_capability``, ``weights``, ``plan_options``, ``lora``, ``components``, ``fuse_cache_reuse``, ``discard_graphs``,
+            ``config``, ``prediction_type``, ``random_weights``, ``verify``, ``force``; see `tgate_trt.building.request.BuildOptions`.
 
     Returns:
         The bundle, opened.
