@@ -70,11 +70,7 @@ def check(spec: GraphSpec, tensor: TensorSpec, value: Tensor, device: torch.devi
     Raises:
         GateError: if its shape, dtype, device or layout differs.
     """
-    least, _, most = spec.shapes_within_bounds(tensor)
-    fits = len(value.shape) == len(tensor.shape) and all(
-        low <= size <= high for low, size, high in zip(least, value.shape, most, strict=True)
-    )
-    if not fits:
+    if not spec.admits(tensor, value.shape):
         bounds = ", ".join(f"{name} {size}" for name, size in spec.dimensions.items())
         raise GateError(f"{tensor.name!r} must have shape {list(tensor.shape)} with {bounds}, got {list(value.shape)}")
     if value.dtype != torch_dtype(tensor.dtype) or value.device.type != device.type or not value.is_contiguous():

@@ -35,6 +35,11 @@ _WEIGHT = 0.3
 """Of the newest value in a running mean."""
 
 
+def running_mean(mean: float | None, newest: float, weight: float) -> float:
+    """A mean in which the newest value has a weight; it is the mean if there is none yet."""
+    return newest if mean is None else (1 - weight) * mean + weight * newest
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one run of an engine did, for whoever counts."""
@@ -114,7 +119,7 @@ class Member:
         """Note the beginning of a call."""
         if self._returned is not None:
             gap = now - self._returned
-            self._gap = gap if self._gap is None else (1 - _WEIGHT) * self._gap + _WEIGHT * gap
+            self._gap = running_mean(self._gap, gap, _WEIGHT)
         self._returned = None
 
     def goes(self, now: float) -> None:
@@ -309,7 +314,7 @@ class Batcher:
             self.observer(Batch(engine.spec.name, len(batch), rows, seconds))
         with self._condition:
             name = engine.spec.name
-            self._durations[name] = (1 - _WEIGHT) * self._durations.get(name, seconds) + _WEIGHT * seconds
+            self._durations[name] = running_mean(self._durations.get(name), seconds, _WEIGHT)
             for call in batch:
                 call.error = None if error is None else _of_a_member(error, engine.spec, len(batch))
                 call.is_done = True

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, cast
 
 from tgate_trt.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 KEY = "ip_adapters"
 """Key of a UNet's configuration: a list with the ``tokens`` of an image and the ``width`` of its embedding for each adapter."""

@@ -7,7 +7,7 @@ and a number, such as ``"16*height*width"``. The graph has the `Bounds` of each 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +153,19 @@ class GraphSpec:
     def sizes(self, rows: int) -> dict[str, int]:
         """A size for each dimension: so many rows, and the optimum of the others."""
         return {name: bounds.optimum for name, bounds in self.dimensions.items()} | {ROWS: rows}
+
+    def admits(self, tensor: TensorSpec, shape: Sequence[int]) -> bool:
+        """Whether a value of a shape can be one of this graph's tensors."""
+        return len(shape) == len(tensor.shape) and all(map(self._admits, tensor.shape, shape))
+
+    def _admits(self, own: int | str, size: int) -> bool:
+        """The same for one size; engines ask it for every tensor of every call."""
+        if isinstance(own, int):
+            return size == own
+        if own in self.dimensions:
+            return size in self.dimensions[own]
+        low, high = (size_of(own, {name: getattr(self.dimensions[name], end) for name in names_in(own)}) for end in ("minimum", "maximum"))
+        return low <= size <= high
 
     def shapes_within_bounds(self, tensor: TensorSpec) -> list[tuple[int, ...]]:
         """The minimum, optimum and maximum shape of one of this graph's tensors."""

@@ -164,13 +164,17 @@ RANGED = WHOLE | {"height": Bounds(64, 64, 128), "width": Bounds(64, 96, 128)}
 def made(config: dict[str, Any]) -> nn.Module:
     """The model with random weights, its cross-attention loud."""
     torch.manual_seed(0)
-    model = module_of(config["_class_name"], config)
+    return loud(module_of(config["_class_name"], config))
+
+
+def loud(model: Any) -> Any:
+    """A model with its cross-attention made loud, and without weights that are zeros."""
     for name, parameter in model.named_parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)  # Wan's and HunyuanDiT's last layers begin with zeros
         if "attn2.to_v" in name or "attn2.to_out" in name:
             parameter.data.mul_(4)
-    return model.requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("graph", ["planning", "fidelity"])

@@ -14,13 +14,12 @@ from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.errors import GateError
 
 from ..conftest import TINY_PIXART
-from ..export.test_denoisers import TINY
+from ..export.test_denoisers import TINY, loud
 from .conftest import eager_pipeline, quiet
-from .hand_gated import HandGated
+from .hand_gated import HandGated, close
 
 tgate = pytest.importorskip("tgate", reason="the official code is a development dependency")
 
-TOLERANCE = 1e-4
 LOADERS = {"tiny_pixart": "TgatePixArtAlphaLoader", "tiny_pixart_sigma": "TgatePixArtSigmaLoader"}
 SETTINGS: dict[str, Any] = {
     "num_inference_steps": 6,
@@ -33,10 +32,6 @@ SETTINGS: dict[str, Any] = {
 
 SETTINGS_OF = {name: {key: value for key, value in config.items() if key[0] != "_"} for name, config in TINY.items()}
 """Arguments of each small model's class."""
-
-
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() < TOLERANCE * theirs.abs().max().clamp(min=1))
 
 
 @pytest.fixture(scope="module", params=LOADERS)
@@ -101,16 +96,6 @@ def test_every_engine_draws_the_same(model: tuple[str, Path, Bundle], backend: s
 # Further classes, whose pipelines are made here: without text encoders, so they are given embeddings.
 
 
-def made(module: Any) -> Any:
-    """A module with random weights, its cross-attention loud."""
-    for name, parameter in module.named_parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-        if "attn2.to_v" in name or "attn2.to_out" in name:
-            parameter.data.mul_(4)
-    return module.eval().requires_grad_(False)
-
-
 def text(width: int, tokens: int = 7, seed: int = 1) -> Tensor:
     return torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
 
@@ -122,7 +107,7 @@ def wan() -> tuple[Any, dict[str, Any]]:
     vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     transformer = WanTransformer3DModel(**SETTINGS_OF["wan"])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=made(transformer), scheduler=scheduler)
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=loud(transformer), scheduler=scheduler)
     return pipeline, {"prompt_embeds": text(16), "negative_prompt_embeds": text(16, seed=2), "num_frames": 1}
 
 
@@ -136,7 +121,7 @@ def sana() -> tuple[Any, dict[str, Any]]:
     blocks |= {f"{part}_qkv_multiscales": ((),) * 4 for part in ("encoder", "decoder")}
     vae = AutoencoderDC(latent_channels=4, **blocks)
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    transformer = made(SanaTransformer2DModel(**SETTINGS_OF["sana"]))
+    transformer = loud(SanaTransformer2DModel(**SETTINGS_OF["sana"]))
     pipeline = SanaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
     mask = torch.ones(1, 7)
     mask[:, 5:] = 0
@@ -149,7 +134,7 @@ def hunyuan() -> tuple[Any, dict[str, Any]]:
     from diffusers import AutoencoderKL, DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
 
     vae = AutoencoderKL(**{name: value for name, value in TINY_PIXART["vae/config.json"].items() if name[0] != "_"})
-    transformer = made(HunyuanDiT2DModel(**SETTINGS_OF["hunyuan"]))
+    transformer = loud(HunyuanDiT2DModel(**SETTINGS_OF["hunyuan"]))
     pipeline = HunyuanDiTPipeline(
         vae=vae, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=DDPMScheduler(prediction_type="v_prediction"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False, text_encoder_2=None, tokenizer_2=None,
@@ -207,7 +192,7 @@ def test_image_to_video_equals_the_official_code(tmp_path: Path) -> None:
         StableVideoDiffusionPipeline(
             vae=AutoencoderKLTemporalDecoder(**blocks).eval(),
             image_encoder=CLIPVisionModelWithProjection(vision).eval(),
-            unet=made(UNetSpatioTemporalConditionModel(**SETTINGS_OF["svd"])),
+            unet=loud(UNetSpatioTemporalConditionModel(**SETTINGS_OF["svd"])),
             scheduler=EulerDiscreteScheduler(
                 prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0
             ),

@@ -17,7 +17,7 @@ from tgate_trt.gate.actions import actions_of, work_of
 from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.schedule import GateSchedule, planning_steps
 from tgate_trt.models.resolve import resolve
-from tgate_trt.models.source import ModelSource
+from tgate_trt.models.source import ModelSource, is_distilled
 from tgate_trt.taps import CROSS_ATTENTION, TAPPED_MODULES, recipe
 
 GATES = (5 / 25, 10 / 25)
@@ -190,8 +190,7 @@ def _further(traced: ir.Model, source: ModelSource) -> tuple[PictureCost, ...]:
 
 def rows_of_step(source: ModelSource) -> int:
     """Rows of an image before the gate: two under guidance, one where the model was distilled on it, as LCM and Turbo were."""
-    is_distilled = source.denoiser_config().get("time_cond_proj_dim") or source.guidance_scale == 0
-    return 1 if is_distilled else 2
+    return 1 if is_distilled(source.denoiser_config(), source.guidance_scale) else 2
 
 
 def _parameters(graphs: Mapping[str, ir.Model], state: Mapping[str, tuple[int, ...]]) -> Parameters:

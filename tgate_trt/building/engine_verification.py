@@ -117,12 +117,12 @@ def _verify(bundle: Bundle, graph: str, backends: Sequence[str]) -> dict[str, Re
     spec, reference = bundle.graph(graph), _reference(bundle, graph)
     profile = spec.dimensions[ROWS]
     rows = sorted({min(max(size, profile.minimum), profile.maximum) for size in (*reference.rows, profile.optimum)})
-    inputs = (*reference.signature, *spec.inputs)
+    inputs = (*reference.signature.inputs, *spec.inputs)
     cases = cases_of(
         reference.load,
         reference.run,
         inputs,
-        rows=sizes_to_compare(bundle.manifest.signature if is_of_denoiser(graph) else spec, rows),
+        rows=sizes_to_compare(reference.signature, rows),
         vocabulary=reference.vocabulary,
     )
     found: dict[str, Report | str] = {}
@@ -147,7 +147,7 @@ def _reference(bundle: Bundle, graph: str) -> Reference:
     return Reference(
         lambda: eager_denoiser(loras, torch.float32),
         lambda denoiser, inputs: run_recipe(denoiser, recipe(graph), inputs),
-        bundle.manifest.signature.inputs,
+        bundle.manifest.signature,
         (1, 2),
         built_for.precision,
     )

@@ -20,7 +20,7 @@ from tgate_trt.export.verify import RunEager
 from tgate_trt.export.verify import verify as compare
 from tgate_trt.models.resolve import resolve_again
 from tgate_trt.models.source import ModelReference
-from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec, TensorSpec
+from tgate_trt.specs import MAXIMUM_ROWS, ROWS, Bounds, GraphSpec
 from tgate_trt.taps import is_of_denoiser, recipe
 
 _LARGE_PICTURE = 512 * 512
@@ -56,14 +56,13 @@ def verify(task: Task) -> Report:
     spec = task.spec
     reference = _denoiser(task) if is_of_denoiser(spec.name) else _component(task)
     every_row = dataclasses.replace(spec, dimensions={**spec.dimensions, ROWS: Bounds(1, 1, MAXIMUM_ROWS)})
-    widest = signature_of(resolve_again(task.model), task.built_for) if is_of_denoiser(spec.name) else spec
     report = compare(
         reference.load,
         lambda: OnnxRuntimeEngine(task.folder / graph_file(spec.name), every_row, device=torch.device("cpu")).run,
         spec,
         reference.run,
-        reference.signature,
-        rows=sizes_to_compare(widest, reference.rows),
+        reference.signature.inputs,
+        rows=sizes_to_compare(reference.signature, reference.rows),
         precision=reference.precision,
         vocabulary=reference.vocabulary,
     )
@@ -92,7 +91,8 @@ class Reference:
 
     load: Callable[[], nn.Module]
     run: RunEager
-    signature: tuple[TensorSpec, ...]
+    signature: GraphSpec
+    """All inputs of the model, and the bounds of what may vary."""
     rows: tuple[int, ...]
     """Batch sizes to compare at; fewer where each takes minutes on a CPU."""
     precision: str
@@ -106,7 +106,7 @@ def _denoiser(task: Task) -> Reference:
     return Reference(
         lambda: source.load_denoiser(torch.float32),
         lambda denoiser, inputs: run_recipe(denoiser, recipe(task.spec.name), inputs),
-        signature_of(source, built_for).inputs,
+        signature_of(source, built_for),
         (1, 2) if source.is_large else (1, 2, 3),
         built_for.precision,
     )
@@ -136,7 +136,7 @@ def component_reference(pipeline: Path, spec: GraphSpec, built_for: BuiltFor, ch
     return Reference(
         load,
         lambda model, inputs: run_component(component.wrap(model), inputs),
-        spec.inputs,
+        spec,
         (1,) if built_for.height.optimum * built_for.width.optimum >= _LARGE_PICTURE else (1, 2),
         component.precision(built_for.precision),
         component.config.get("vocab_size", 1),

@@ -21,6 +21,9 @@ def _gibibytes(text: str) -> int:
     return int(float(text) * 2**30)
 
 
+_Side = Annotated[str | None, typer.Option(help="Of the picture, in pixels; MIN:OPT:MAX for a range. [default: the model's own]")]
+
+
 @app.command()
 def build(
     context: typer.Context,
@@ -36,12 +39,8 @@ def build(
     precision: Annotated[
         str | None, typer.Option(help="fp32 or fp16. [default: fp32 for onnxruntime, and for pytorch without a GPU; else fp16]")
     ] = None,
-    height: Annotated[
-        str | None, typer.Option(help="Of the picture, in pixels; MIN:OPT:MAX for a range. [default: the model's own]")
-    ] = None,
-    width: Annotated[
-        str | None, typer.Option(help="Of the picture, in pixels; MIN:OPT:MAX for a range. [default: the model's own]")
-    ] = None,
+    height: _Side = None,
+    width: _Side = None,
     batch_size: Annotated[str, typer.Option(help="Images a run: MIN:OPT:MAX, or one number.")] = "1:1:1",
     controls: Annotated[
         list[str] | None,

@@ -116,16 +116,14 @@ class _Run:
     """Calls made so far."""
     lost_guidance: bool = False
     """Whether the pipeline dropped guidance within the run."""
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    """Of the latents' sides and the text, by dimension."""
     part: int | None = None
     """The half of the guidance that the present call is for, where a pipeline calls once for each half."""
     conditions: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     """Of each half, what stays the same from step to step, where a pipeline calls once for each half."""
     called: set[int] = field(default_factory=set)
     """The halves for which the present step has been called."""
-    scale: Tensor | None = None
-    """Of each IP-Adapter."""
+    scale: tuple[list[float], Tensor] | None = None
+    """Of each IP-Adapter, and the same for the engines."""
     both: Tensor | None = None
     """Predictions ``[negative, positive]`` of the present step, where one half's stand for both."""
     times: Sequence[float] = ()
@@ -325,9 +323,8 @@ class GatedDenoiser(StandIn):
             run = self._advance(sample, timestep)
             if run.calls == 1 and len(run.called) < 2:
                 self._refuse_sizes(run, tensors)
-                run.scale = tensors.get(ip_adapter.SCALE)
-            elif run.scale is not None and not torch.equal(run.scale, tensors[ip_adapter.SCALE]):
-                raise GateError("the scale of an IP-Adapter changed within a run; the cache has what it was, so change it between runs")
+            if ip_adapter.SCALE in self._has_rows:
+                tensors[ip_adapter.SCALE] = self._scale(run)
             tensors = {
                 name: _rows_of(run, name, tensor, sample) if self._has_rows.get(name, True) else tensor for name, tensor in tensors.items()
             }
@@ -363,8 +360,6 @@ class GatedDenoiser(StandIn):
         except TypeError as error:
             raise UnsupportedError(f"{type(self._orig_mod).__name__}.forward: {error}; run this pipeline without tgate-trt") from error
         tensors = flat({name: value for name, value in list(given.items())[1:] if name != "return_dict"})
-        if ip_adapter.SCALE in self._has_rows:
-            tensors[ip_adapter.SCALE] = torch.tensor(ip_adapter.scale_of(self._orig_mod), device=self.device)
         if "hidden_states" in tensors:
             tensors["sample"] = tensors.pop("hidden_states")
         for name, value in tensors.items():
@@ -378,6 +373,19 @@ class GatedDenoiser(StandIn):
         if not isinstance(text, Tensor):
             raise UnsupportedError(f"encoder_hidden_states must be one tensor, got {type(text).__name__}; pass the text alone")
         return {name: value for name, value in tensors.items() if name in self._has_rows}
+
+    def _scale(self, run: _Run) -> Tensor:
+        """The scale of each IP-Adapter, which a run keeps, ``[adapters]``.
+
+        Raises:
+            GateError: if it is not the run's.
+        """
+        scale = ip_adapter.scale_of(self._orig_mod)
+        if run.scale is None:
+            run.scale = scale, torch.tensor(scale, device=self.device)
+        if run.scale[0] != scale:
+            raise GateError("the scale of an IP-Adapter changed within a run; the cache has what it was, so change it between runs")
+        return run.scale[1]
 
     def engine_of(self, graph: str) -> Engine:
         """The engine that runs a graph, or its substitute.
@@ -763,19 +771,22 @@ class GatedDenoiser(StandIn):
 
     def _buffer(self, tensor: TensorSpec, rows: int, device: torch.device) -> Tensor:
         """Memory at an address that stays from call to call and from run to run, so that engines bind it once."""
-        key = (tensor.name, rows)
-        if key not in self._memory:
-            with torch.inference_mode(False):  # a later run outside inference mode may write to it too
-                shape = tensor.concrete(**{**self._sides, ROWS: rows})
-                self._memory[key] = torch.empty(shape, dtype=torch_dtype(tensor.dtype), device=device)
-        return self._memory[key]
+
+        def make() -> Tensor:
+            shape = tensor.concrete(**{**self._sides, ROWS: rows})
+            return torch.empty(shape, dtype=torch_dtype(tensor.dtype), device=device)
+
+        return self._held(tensor.name, rows, make)
 
     def _half_buffer(self, name: str, both: Tensor, images: int) -> Tensor:
         """The same for one half of a tensor that has both halves of the guidance."""
-        key = (name, images)
+        return self._held(name, images, lambda: torch.empty_like(both[: len(both) // 2]))
+
+    def _held(self, name: str, rows: int, make: Callable[[], Tensor]) -> Tensor:
+        key = (name, rows)
         if key not in self._memory:
-            with torch.inference_mode(False):
-                self._memory[key] = torch.empty_like(both[: len(both) // 2])
+            with torch.inference_mode(False):  # a later run outside inference mode may write to it too
+                self._memory[key] = make()
         return self._memory[key]
 
 
@@ -833,11 +844,10 @@ def _signature_of(specs: Sequence[GraphSpec]) -> GraphSpec:
 def _fits(spec: GraphSpec, name: str, value: Tensor) -> bool:
     """Whether a tensor has the shape of a graph's input, but for its rows."""
     (tensor,) = (each for each in spec.inputs if each.name == name)
-    least, _, most = spec.shapes_within_bounds(tensor)
-    first = 1 if tensor.has_rows else 0
-    return len(value.shape) == len(least) and all(
-        low <= size <= high for low, size, high in zip(least[first:], value.shape[first:], most[first:], strict=True)
-    )
+    shape = tuple(value.shape)
+    if tensor.has_rows:  # whatever their number
+        shape = (spec.dimensions[ROWS].optimum, *shape[1:])
+    return spec.admits(tensor, shape)
 
 
 def _halves(tensors: Mapping[str, Tensor], part: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tgate_trt import ip_adapter
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.files import read_json, write_json
 from tgate_trt.models.architectures import ARCHITECTURES, Architecture
@@ -59,7 +60,7 @@ _TOKENS = {
 }
 """Tokens of an encoded prompt in the pipelines that do not read them from their tokenizer: with Stable Audio's two of time."""
 
-_DEFAULT_STEPS, _LCM_STEPS, _LCM_GATE_STEP, _PIXART_GATE_STEP, _UNET_GATE_STEP = 25, 4, 2 / 4, 15 / 25, 10 / 25
+_DEFAULT_STEPS, _LCM_STEPS, _LCM_GATE_STEP, _PIXART_GATE_STEP = 25, 4, 2 / 4, 15 / 25
 
 
 def resolve(
@@ -179,8 +180,6 @@ def _named(row: Architecture, random_seed: int | None) -> ModelSource:
 
 def _saved(pipeline: Any) -> Path:
     """Save a pipeline to a folder that lasts as long as this process."""
-    from tgate_trt.ip_adapter import KEY, described
-
     if not hasattr(pipeline, "save_pretrained") or not hasattr(pipeline, "components"):
         raise InputError(f"a model is a name, a path, a hub id or a diffusers pipeline, got {type(pipeline).__name__}")
     for name, part in pipeline.components.items():
@@ -192,9 +191,9 @@ def _saved(pipeline: Any) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tgate-trt-")) / type(pipeline).__name__
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    if (unet := getattr(pipeline, "unet", None)) is not None and (adapters := described(unet)):
+    if (unet := getattr(pipeline, "unet", None)) is not None and (adapters := ip_adapter.described(unet)):
         config = folder / "unet" / "config.json"
-        write_json(config, read_json(config) | {KEY: adapters})
+        write_json(config, read_json(config) | {ip_adapter.KEY: adapters})
     return folder
 
 
@@ -328,6 +327,7 @@ def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> dict[str, 
     if config.get("time_cond_proj_dim") is not None or "LCM" in str(index.get("scheduler")):
         return {"gate_step": _LCM_GATE_STEP, "steps": _LCM_STEPS, "guidance_scale": None}
     if index["_class_name"] == IMAGE_TO_VIDEO:
-        return {"gate_step": _UNET_GATE_STEP, "steps": _DEFAULT_STEPS, "guidance_scale": None, "after_gate": "positive-mean"}
+        row = ARCHITECTURES["svd"]
+        return {"gate_step": row.gate_step, "steps": row.steps, "guidance_scale": row.guidance_scale, "after_gate": row.after_gate}
     pixart = config["_class_name"] == "PixArtTransformer2DModel"
     return {"gate_step": _PIXART_GATE_STEP if pixart else None, "steps": _DEFAULT_STEPS, "guidance_scale": None}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tgate_trt import ip_adapter
 from tgate_trt.errors import InputError, UnsupportedError
 from tgate_trt.specs import HEIGHT, MAXIMUM_ROWS, ROWS, TOKENS, WIDTH, Bounds, TensorSpec, times
 
@@ -47,8 +48,8 @@ class Denoiser:
 
     inputs: Callable[[Config, Asked], Shapes]
     """Shapes by name, in the order in which graphs take them; the first is ``sample``."""
-    calls: int = 1
-    """Of a guided step: two where pipelines call it once for each half of the guidance."""
+    calls_a_half: bool = False
+    """Whether pipelines call it once for each half of the guidance."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
     """Of inputs that are not in the graph's dtype, but for ``timestep``, which is float32 as a rule, for it may be a fraction."""
     takes_any_text: bool = True
@@ -70,7 +71,7 @@ def denoiser_of(config: Config) -> Denoiser:
     """
     kind = config["_class_name"]
     if kind not in DENOISERS:
-        joint = f"; {JOINT[kind]}" if kind in JOINT else ""
+        joint = "; its text and picture share one attention, so there is no cross-attention to cache" if kind in JOINT else ""
         raise UnsupportedError(f"this version builds {', '.join(DENOISERS)}, got {kind}{joint}")
     return DENOISERS[kind]
 
@@ -206,7 +207,7 @@ def _unet(config: Config, asked: Asked) -> Shapes:
 def _text_width(config: Config) -> int:
     """Width of the text that a UNet is given."""
     projected, width = config.get("encoder_hid_dim_type"), config["cross_attention_dim"]
-    if projected == "ip_image_proj" and config.get("ip_adapters"):
+    if projected == "ip_image_proj" and config.get(ip_adapter.KEY):
         projected = None
     if projected == "text_proj":
         return int(config["encoder_hid_dim"])
@@ -246,9 +247,9 @@ def _residuals(config: Config, asked: Asked) -> Iterator[tuple[str, Shape]]:
 
 def ip_adapter_inputs(config: Config) -> Shapes:
     """What a UNet's IP-Adapters take: an embedding of an image for each, and a scale for each; see `tgate_trt.ip_adapter`."""
-    adapters = config.get("ip_adapters") or []
+    adapters = config.get(ip_adapter.KEY) or []
     images: Shapes = {f"image_embeds.{index}": (ROWS, 1, adapter["width"]) for index, adapter in enumerate(adapters)}
-    return images | ({"ip_adapter_scale": (len(adapters),)} if adapters else {})
+    return images | ({ip_adapter.SCALE: (len(adapters),)} if adapters else {})
 
 
 _BLOCKS_OF_SDXL = 3
@@ -305,24 +306,25 @@ def _hunyuan(config: Config, asked: Asked) -> Shapes:
     return inputs | {f"image_rotary_emb.{part}": (positions, config["attention_head_dim"]) for part in range(2)}
 
 
-def _one_frame(config: Config, asked: Asked) -> Shapes:
+def _wan(config: Config, asked: Asked) -> Shapes:
     """Latents of one frame, and text without a mask: diffusers, ``WanTransformer3DModel.forward``."""
     if config.get("image_dim") or config.get("added_kv_proj_dim"):
         raise UnsupportedError("this version builds Wan's text to video models, not those that begin from an image")
+    return _frame(config, asked, config["text_dim"])
+
+
+def _frame(config: Config, asked: Asked, text_width: int) -> Shapes:
+    """Latents of one frame of a video, and a text."""
     return {
         "sample": (ROWS, config["in_channels"], 1, asked.height, asked.width),
         "timestep": (ROWS,),
-        "encoder_hidden_states": (ROWS, asked.tokens, config["text_dim"]),
+        "encoder_hidden_states": (ROWS, asked.tokens, text_width),
     }
 
 
 def _cosmos(config: Config, asked: Asked) -> Shapes:
     """diffusers, ``CosmosTransformer3DModel.forward`` for one frame; the mask marks padding, which pictures do not have."""
-    inputs: Shapes = {
-        "sample": (ROWS, config["in_channels"], 1, asked.height, asked.width),
-        "timestep": (ROWS,),
-        "encoder_hidden_states": (ROWS, asked.tokens, config["text_embed_dim"]),
-    }
+    inputs = _frame(config, asked, config["text_embed_dim"])
     if config.get("concat_padding_mask", True):
         inputs["padding_mask"] = (1, 1, asked.height, asked.width)
     return inputs
@@ -356,17 +358,15 @@ DENOISERS: Mapping[str, Denoiser] = {
     "HunyuanDiT2DModel": Denoiser(
         _hunyuan, takes_any_text=False, dtypes={"timestep": _GRAPH, "style": "int64", "image_rotary_emb": "float32"}
     ),
-    "WanTransformer3DModel": Denoiser(_one_frame, calls=2),
-    "CosmosTransformer3DModel": Denoiser(_cosmos, calls=2),
+    "WanTransformer3DModel": Denoiser(_wan, calls_a_half=True),
+    "CosmosTransformer3DModel": Denoiser(_cosmos, calls_a_half=True),
     "StableAudioDiTModel": Denoiser(_stable_audio, dtypes={"rotary_embedding": "float32"}),
     "UNetSpatioTemporalConditionModel": Denoiser(_svd, takes_any_text=False),
 }
 """The classes that this version builds."""
 
-_NOT_SEPARABLE = "its text and picture share one attention, so there is no cross-attention to cache"
-
-JOINT: Mapping[str, str] = dict.fromkeys(
-    (
+JOINT = frozenset(
+    {
         "FluxTransformer2DModel",
         "SD3Transformer2DModel",
         "AuraFlowTransformer2DModel",
@@ -375,7 +375,6 @@ JOINT: Mapping[str, str] = dict.fromkeys(
         "ZImageTransformer2DModel",
         "Lumina2Transformer2DModel",
         "CogVideoXTransformer3DModel",
-    ),
-    _NOT_SEPARABLE,
+    }
 )
-"""Why a class is not built, where the reason is its attention."""
+"""Classes that are not built because of their attention."""

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tgate_trt import ip_adapter
 from tgate_trt.errors import InputError
 from tgate_trt.files import read_json, read_named, read_tensors, weight_files
 from tgate_trt.models.fingerprints import Fingerprint, fingerprint_of
@@ -178,7 +179,7 @@ class ModelSource:
             index["scheduler"] = ["diffusers", read_json(self.component("scheduler") / SCHEDULER)["_class_name"]]
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
-        takes_images = index["_class_name"] == IMAGE_TO_VIDEO or self.denoiser_config().get("ip_adapters")
+        takes_images = index["_class_name"] == IMAGE_TO_VIDEO or self.denoiser_config().get(ip_adapter.KEY)
         left_out = LEFT_OUT[:1] if takes_images else LEFT_OUT
         return index | {name: [None, None] for name in (*left_out, *self.without) if name in index}
 
@@ -339,6 +340,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     if "_class_name" not in index:
         raise InputError(f"{folder / INDEX} names no pipeline class; download the model again")
     return index
+
+
+def is_distilled(config: Mapping[str, Any], guidance_scale: float | None) -> bool:
+    """Whether a model draws without guidance: its scale is an input of the denoiser, as LCM's, or there is none by default, as Turbo's."""
+    return bool(config.get("time_cond_proj_dim")) or (guidance_scale is not None and guidance_scale <= 1)
 
 
 def normalised(config: Mapping[str, Any]) -> dict[str, Any]:

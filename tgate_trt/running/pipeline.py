@@ -309,7 +309,7 @@ def _put(pipeline: Any, loader: EngineLoader, replaces: nn.Module, options: Load
         guidance=options.get("guidance"),
         low_memory=low_memory,
         signature=manifest.signature,
-        calls_a_half=denoiser_of(loader.bundle.denoiser_config()).calls == 2,
+        calls_a_half=denoiser_of(loader.bundle.denoiser_config()).calls_a_half,
         picture=(manifest.built_for.height, manifest.built_for.width),
         origin=origin,
         eager=(lambda: eager_denoiser(origin.loras, gated.dtype)) if is_architecture(replaces) else None,

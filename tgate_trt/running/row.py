@@ -20,7 +20,7 @@ from tgate_trt.gate.actions import Action, actions_of, graphs_of, substitute, wo
 from tgate_trt.gate.gate import Gate
 from tgate_trt.gate.schedule import GateSchedule
 from tgate_trt.gate.scheduler import read_scheduler, schedule_of
-from tgate_trt.models.source import INDEX
+from tgate_trt.models.source import INDEX, is_distilled
 from tgate_trt.taps import recipe
 
 
@@ -85,6 +85,5 @@ def row_of(bundle: Bundle, gate: Gate, steps: int | None = None, scheduler: Any 
 def _is_guided(bundle: Bundle) -> bool:
     """Whether the bundle's pipeline draws with guidance by default: not one that was distilled, such as LCM's."""
     index: Mapping[str, Any] = read_json(bundle.pipeline / INDEX)
-    config = read_json(bundle.pipeline / bundle.manifest.model.attribute / "config.json")
-    scale = bundle.manifest.guidance_scale
-    return not (str(index["_class_name"]).startswith("LatentConsistency") or config.get("time_cond_proj_dim") or (scale or 2) <= 1)
+    is_lcm = str(index["_class_name"]).startswith("LatentConsistency")
+    return not (is_lcm or is_distilled(bundle.denoiser_config(), bundle.manifest.guidance_scale))

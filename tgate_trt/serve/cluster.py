@@ -32,6 +32,7 @@ from tgate_trt.serve.guard import read_keys
 from tgate_trt.serve.limits import Limits
 from tgate_trt.serve.metrics import Metrics
 from tgate_trt.serve.picture import Request
+from tgate_trt.serve.places import Places
 from tgate_trt.serve.remote import LostError, Pool, RemoteDrawer
 from tgate_trt.serve.schema import Model
 from tgate_trt.serve.server import Settings, listening
@@ -158,7 +159,7 @@ class Front:
         """The application; Ray calls it."""
         settings, metrics = self._settings, Metrics()
         running = self._replicas * settings.running_limit
-        pools = {name: Pool(Handle(handle), running, settings.queue) for name, handle in self._handles.items()}
+        pools = {name: Pool(Handle(handle), Places(running, settings.queue)) for name, handle in self._handles.items()}
         for name, pool in pools.items():
             metrics.watch(name, pool)
         keys = () if settings.api_key_file is None else read_keys(settings.api_key_file)

@@ -14,17 +14,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tgate_trt.errors import BusyError, DeadlineError, ServiceError
+from tgate_trt.errors import DeadlineError, ServiceError
 from tgate_trt.serve.drawers import Event, UnknownModelError
 from tgate_trt.serve.metrics import Metrics
 from tgate_trt.serve.picture import Request
+from tgate_trt.serve.places import Places
 from tgate_trt.serve.schema import Model
 
 TRIES = 2
 """Replicas that a picture is asked of, if they die."""
-
-_WEIGHT = 0.2
-"""Of the newest picture in the mean of their times."""
 
 
 class Replicas(Protocol):
@@ -50,14 +48,11 @@ class Pool:
     """The replicas of one bundle, and what they are asked for now. It has the properties that gauges are read from."""
 
     replicas: Replicas
-    running_limit: int
-    """Pictures that all of them draw at a time."""
-    queue_limit: int
+    places: Places
+    """Of all of them together."""
     outstanding: int = 0
     """Pictures that were taken and are not drawn yet."""
     running: int = 0
-    seconds: float = 0.0
-    """Usual seconds of a picture."""
     model: Model | None = None
     merging_memory: int = 0
 
@@ -96,12 +91,7 @@ class RemoteDrawer:
         if model not in self.pools:
             raise UnknownModelError(f"there is no model {model!r}; see GET /v1/models")
         pool = self.pools[model]
-        room = pool.running_limit + pool.queue_limit - pool.outstanding
-        if len(requests) > room:
-            raise BusyError(
-                f"{pool.running} pictures are drawn and {pool.queued} wait, so there is room for {max(room, 0)} more; try again later",
-                retry_after=pool.seconds * (pool.queued + 1) / pool.running_limit,
-            )
+        pool.places.refuse_without_room(len(requests), pool.running, pool.queued)
         pool.outstanding += len(requests)
         events, until = asyncio.Queue[Event](), time.monotonic() + seconds
         tasks = [asyncio.ensure_future(self._picture(pool, image, request, kind, until, events)) for image, request in enumerate(requests)]
@@ -131,7 +121,7 @@ class RemoteDrawer:
                 async for event in self._tried(pool, request, kind, until):
                     if event.record is not None:
                         total = time.monotonic() - begin
-                        pool.seconds = total if not pool.seconds else (1 - _WEIGHT) * pool.seconds + _WEIGHT * total
+                        pool.places.took(total)
                         event = _with_wait(event, total)  # noqa: PLW2901 - with the time that it waited here
                     events.put_nowait(dataclasses.replace(event, image=image))
         except TimeoutError:

@@ -106,33 +106,31 @@ class Images(BaseModel):
     usage: Usage
 
 
-class PartialImage(BaseModel):
+class Streamed(BaseModel):
+    """What both events of a stream have."""
+
+    b64_json: str
+    image_index: Annotated[int, Field(description="Of the n pictures, from 0.")]
+    created_at: int
+    size: str
+    output_format: Format
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+
+
+class PartialImage(Streamed):
     """An event of a stream: a picture that is not finished."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
-    b64_json: str
     partial_image_index: int
-    image_index: Annotated[int, Field(description="Of the n pictures, from 0.")]
-    created_at: int
-    size: str
-    output_format: Format
-    quality: Literal["auto"] = "auto"
-    background: Literal["opaque"] = "opaque"
 
 
-class Completed(BaseModel):
+class Completed(Streamed):
     """An event of a stream: a picture."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
-    b64_json: str
-    image_index: Annotated[int, Field(description="Of the n pictures, from 0.")]
     seed: int
-    created_at: int
-    size: str
-    output_format: Format
     usage: Usage
-    quality: Literal["auto"] = "auto"
-    background: Literal["opaque"] = "opaque"
 
 
 class Model(BaseModel):

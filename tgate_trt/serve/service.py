@@ -15,22 +15,20 @@ from typing import Any, Unpack
 
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.engines.batching import PATIENCE, Batch, Batcher, Member
-from tgate_trt.errors import BusyError, CancelledError, ClosedError, DeadlineError, InputError, UnsupportedError
+from tgate_trt.errors import CancelledError, ClosedError, DeadlineError, InputError, UnsupportedError
 from tgate_trt.gate.actions import graphs_of, substitute
 from tgate_trt.gate.gate import Gate
 from tgate_trt.running.pipeline import LoadOptions, loader_of
 from tgate_trt.serve.picture import Picture, Preview, Request
+from tgate_trt.serve.places import Places
 from tgate_trt.serve.shared import SharedEngines
-from tgate_trt.serve.slot import EDIT, GENERATION, INPAINTING, Slot
+from tgate_trt.serve.slot import EDIT, GENERATION, INPAINTING, Slot, kind_of
 from tgate_trt.specs import HEIGHT, WIDTH
 
 logger = logging.getLogger(__name__)
 
 RUNNING, QUEUE = 4, 16
 """Pictures that are drawn at a time, and that wait beside them, by default."""
-
-_WEIGHT = 0.2
-"""Of the newest picture in the mean of their times."""
 
 
 @dataclass(eq=False)
@@ -105,8 +103,7 @@ class Service:
         self._condition = threading.Condition()
         self._queue: deque[Job] = deque()
         self._drawn: set[Job] = set()
-        self._seconds = 0.0
-        """Usual seconds of a run."""
+        self._places = Places(running, queue)
         self._is_closed = False
         first = Slot(self._engines, options)
         slots = [first, *(Slot(self._engines, options, first) for _ in range(running - 1))]
@@ -165,13 +162,7 @@ class Service:
         with self._condition:
             if self._is_closed:
                 raise ClosedError("the service ends and takes no more requests")
-            room = self.running_limit + self.queue_limit - len(self._drawn) - len(self._queue)
-            if len(jobs) > room:
-                raise BusyError(
-                    f"{len(self._drawn)} pictures are drawn and {len(self._queue)} wait, so there is room for {max(room, 0)} more; "
-                    "try again later",
-                    retry_after=self._seconds * (len(self._queue) + 1) / self.running_limit,
-                )
+            self._places.refuse_without_room(len(jobs), len(self._drawn), len(self._queue))
             self._queue.extend(jobs)
             self._condition.notify_all()
         return jobs
@@ -182,7 +173,7 @@ class Service:
         Raises:
             InputError: if the request is impossible, with what is possible.
         """
-        kind = GENERATION if request.image is None else EDIT if request.mask is None else INPAINTING
+        kind = kind_of(request)
         if kind not in self.abilities:
             raise UnsupportedError(f"this bundle cannot do {kind}; it can do {', '.join(self.abilities)}")
         self._check_size(request)
@@ -301,8 +292,7 @@ class Service:
             return
         finally:
             job.member = None
-        seconds = time.monotonic() - start
-        self._seconds = seconds if not self._seconds else (1 - _WEIGHT) * self._seconds + _WEIGHT * seconds
+        self._places.took(time.monotonic() - start)
         picture = replace(picture, times=replace(picture.times, total=time.monotonic() - job.submitted))
         _answer(job, picture)
 

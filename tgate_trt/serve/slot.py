@@ -30,6 +30,12 @@ from tgate_trt.serve.shared import SharedEngines
 GENERATION, EDIT, INPAINTING = "generation", "edit", "inpainting"
 """What a pipeline can do: draw from a prompt, from a picture, and within a mask."""
 
+
+def kind_of(request: Request) -> str:
+    """What a request asks for."""
+    return GENERATION if request.image is None else EDIT if request.mask is None else INPAINTING
+
+
 _NAMES = {PLANNING: "planning", FIDELITY: "fidelity", FORECAST: "forecast"}
 
 
@@ -170,8 +176,7 @@ class Slot:
         Raises:
             TGateError: if the request is impossible, or was ended.
         """
-        clock, kind = Clock(), GENERATION if request.image is None else EDIT if request.mask is None else INPAINTING
-        pipeline = self.of(kind)
+        clock, pipeline = Clock(), self.of(kind_of(request))
         self.denoiser.gate = self.gate_of(request)
         self.denoiser.observer = clock
         watched = Watched()

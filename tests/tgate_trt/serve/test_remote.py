@@ -17,6 +17,7 @@ from tgate_trt.serve.drawers import Event, UnknownModelError
 from tgate_trt.serve.limits import Limits
 from tgate_trt.serve.metrics import Metrics
 from tgate_trt.serve.picture import Record, Request, Times
+from tgate_trt.serve.places import Places
 from tgate_trt.serve.remote import LostError, Pool, RemoteDrawer
 from tgate_trt.serve.schema import Model
 from tgate_trt.serve.server import Settings
@@ -67,7 +68,7 @@ async def drawn(drawer: RemoteDrawer, *requests: Request, seconds: float = 20) -
 
 
 def drawer_of(held: Held, running: int = 1, queue: int = 1) -> tuple[RemoteDrawer, Pool, Metrics]:
-    pool, metrics = Pool(held, running, queue), Metrics()
+    pool, metrics = Pool(held, Places(running, queue)), Metrics()
     metrics.watch("bundle", pool)
     return RemoteDrawer({"bundle": pool}, metrics), pool, metrics
 
