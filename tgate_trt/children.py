@@ -51,7 +51,7 @@ def run(work: Callable[[_T], _R], task: _T, what: str, hint: str, on_progress: O
         BuildError: if the child died: the work raised another exception, or the system killed it.
     """
     _trim()
-    command = [sys.executable, "-P", "-m", __name__, work.__module__, work.__qualname__]
+    command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), work.__module__, work.__qualname__]
     end: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+") as stderr,
@@ -118,17 +118,19 @@ def _trim() -> None:
         trim(0)
 
 
-def _die_with_the_parent() -> None:
-    """Let the system kill this process when its parent dies, however that comes about (Linux alone has it)."""
+def _die_with_the_parent(parent: int) -> None:
+    """Let the system kill this process when its parent dies, however that comes about (Linux alone has it); end now if it is dead."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above, which then has no effect
+        os._exit(1)
 
 
-def _answer(module: str, name: str) -> None:
+def _answer(parent: str, module: str, name: str) -> None:
     """Do the work that this process was started for."""
     global _parent  # noqa: PLW0603 - a process has one parent
-    _die_with_the_parent()
+    _die_with_the_parent(int(parent))
     children = importlib.import_module("tgate_trt.children")  # this file runs as `__main__`
     children._parent = _parent = os.fdopen(os.dup(1), "w")  # type: ignore[attr-defined]
     os.dup2(2, 1)

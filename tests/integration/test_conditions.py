@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from tgate_trt.errors import GateError, UnsupportedError
 
 from ..conftest import TINY_SD, write_configs, write_pipeline
 from .conftest import eager_pipeline, quiet
-from .hand_gated import HandGated
+from .hand_gated import HandGated, close
 
-TOLERANCE = 1e-4
 STEPS, GATE = 6, 3
 CALL: dict[str, Any] = {"prompt": "a red circle", "negative_prompt": "blue", "num_inference_steps": STEPS, "output_type": "latent"}
 GRAPHS = ("vanilla", "planning", "fidelity")
@@ -32,11 +32,7 @@ def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Any:
     )
 
 
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() < TOLERANCE * theirs.abs().max().clamp(min=1))
-
-
-def compared(make: Callable[[Any], Any], folder: Path, bundle: Bundle, steps: int = GATE, **call: Any) -> None:
+def compared(make: Callable[[Any], Any], folder: Path, bundle: Bundle, steps: int = GATE, *, guided: bool = True, **call: Any) -> None:
     """Our pipeline equals eager diffusers without a gate, and one that is gated by hand with it; and the gate changes something.
 
     Args:
@@ -44,6 +40,7 @@ def compared(make: Callable[[Any], Any], folder: Path, bundle: Bundle, steps: in
         folder: of the model.
         bundle: of the model.
         steps: planning steps.
+        guided: whether the pipeline guides, so that each call has two halves.
         **call: arguments of the call.
     """
 
@@ -56,7 +53,7 @@ def compared(make: Callable[[Any], Any], folder: Path, bundle: Bundle, steps: in
     assert close(draw(ours), vanilla)
     ours.unet.gate_step = steps
     by_hand = eager_pipeline(folder)
-    by_hand.unet = HandGated(by_hand.unet, steps)
+    by_hand.unet = HandGated(by_hand.unet, steps, guided=guided)
     gated = draw(by_hand)
     assert close(draw(ours), gated)
     assert not close(gated, vanilla), "the gate has no effect, so the comparison shows nothing"
@@ -294,6 +291,55 @@ def test_steps_of_ones_own(request: pytest.FixtureRequest, model: str) -> None:
 def test_noise_levels_of_ones_own(tiny_sdxl: Path, sdxl_bundle: Bundle) -> None:
     sigmas = [12.0, 6.0, 3.0, 1.5, 0.7, 0.2]
     compared(lambda pipeline: pipeline, tiny_sdxl, sdxl_bundle, sigmas=sigmas, num_inference_steps=None, height=64, width=64)
+
+
+SIZE: dict[str, Any] = {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize("parts", ["base", "refiner"])
+def test_a_run_that_two_pipelines_share(tiny_sdxl: Path, sdxl_bundle: Bundle, parts: str) -> None:
+    """The base draws the first part of the steps, and another pipeline the rest; each has a gate of its own."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    if parts == "base":
+        compared(lambda pipeline: pipeline, tiny_sdxl, sdxl_bundle, 2, denoising_end=0.7, num_inference_steps=8, **SIZE)
+    else:
+        make = functools.partial(made_of, StableDiffusionXLImg2ImgPipeline)
+        compared(make, tiny_sdxl, sdxl_bundle, 2, denoising_start=0.5, num_inference_steps=8, image=latents)
+
+
+def test_a_fraction_is_of_the_steps_that_a_pipeline_draws(tiny_sdxl: Path, sdxl_bundle: Bundle) -> None:
+    pipeline = quiet(tgate_trt.load(sdxl_bundle, gate_step=0.5, threads=1))
+    pipeline(**CALL | SIZE | {"num_inference_steps": 10}, denoising_end=0.6)
+    schedule = pipeline.unet.latest_run.schedule
+    assert (schedule.steps, schedule.gate_step) == (6, 3)
+
+
+def made_of(kind: Any, pipeline: Any) -> Any:
+    """A further pipeline of the same components."""
+    return kind(**pipeline.components)
+
+
+def test_a_model_without_guidance_as_turbo(tiny_sdxl: Path, sdxl_bundle: Bundle) -> None:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    def make(pipeline: Any) -> Any:
+        pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        return pipeline
+
+    compared(make, tiny_sdxl, sdxl_bundle, 1, guided=False, guidance_scale=0.0, num_inference_steps=8, **SIZE)
+
+
+@pytest.mark.parametrize("scheduler", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_the_schedulers_of_playground(tiny_sdxl: Path, sdxl_bundle: Bundle, scheduler: str) -> None:
+    import diffusers
+
+    def make(pipeline: Any) -> Any:
+        pipeline.scheduler = getattr(diffusers, scheduler)(sigma_data=0.5, sigma_max=80.0, sigma_min=0.002, prediction_type="epsilon")
+        return pipeline
+
+    compared(make, tiny_sdxl, sdxl_bundle, **SIZE)
 
 
 def test_three_predictions_are_refused(tiny_sd: Path, sd_bundle: Bundle, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +168,11 @@ def test_a_child_that_ignores_an_interrupt_is_killed(work: Any, monkeypatch: pyt
     process = interrupted(work.ignores, "")
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_a_child_whose_parent_died_before_it_began_does_nothing(work: Any, tmp_path: Path) -> None:
+    parent = subprocess.Popen(["true"])
+    parent.wait()
+    command = [sys.executable, "-P", "-m", "tgate_trt.children", str(parent.pid), work.__name__, "waits"]
+    done = subprocess.run(command, input=json.dumps(str(tmp_path / "left")), capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, (tmp_path / "left").exists()) == (1, "", False)
