@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import operator
 import os
 import reprlib
 import signal
@@ -98,8 +99,9 @@ def restored(*packages: str) -> Iterator[None]:
 def owners(packages: tuple[str, ...]) -> list[Any]:
     """The loaded modules of packages and the classes that they define."""
     found: list[Any] = []
+    submodules = tuple(f"{package}." for package in packages)
     for module_name, module in list(sys.modules.items()):
-        if module is not None and any(module_name == package or module_name.startswith(f"{package}.") for package in packages):
+        if module is not None and (module_name in packages or module_name.startswith(submodules)):
             found.append(module)
             found += [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name]
     return found
@@ -108,6 +110,8 @@ def owners(packages: tuple[str, ...]) -> list[Any]:
 def _changed(owner: Any, before: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Attributes that are not what they were: name, before, now. Those that are new are left out: lazy imports add some."""
     now = vars(owner)
+    if all(map(operator.is_, map(now.get, before), before.values())):  # as a rule, and there are thousands of owners
+        return []
     kept = {name: old for name, old in before.items() if not name.startswith(_COMPILED)}
     return [(name, old, now.get(name, _ABSENT)) for name, old in kept.items() if now.get(name, _ABSENT) is not old]
 

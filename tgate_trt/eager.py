@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from tgate_trt import ip_adapter
 from tgate_trt.specs import CACHE_PREFIX, DTYPES
 from tgate_trt.taps import CROSS_ATTENTION, LAYERS_OF_A_BRANCH, TAPPED_MODULES, Recipe, deep_features, kind_of
+
+LOADING = threading.RLock()
+"""Held while a module is made without weights or loaded: diffusers and accelerate patch `torch.nn.Module` meanwhile, for all threads, and
+two that do so at once leave it patched."""
 
 ADDED_CONDITIONS = ("text_embeds", "time_ids", "resolution", "aspect_ratio", "image_embeds")
 """Inputs that diffusers passes inside the dictionary ``added_cond_kwargs``."""
@@ -50,13 +55,18 @@ def module_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
 def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """The same module on the ``meta`` device: an architecture without weights, but with what it computes itself, such as positions."""
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         module = module_of(kind, config)
     if module.state_dict().keys() >= dict(module.named_buffers()).keys():
         return module
+    return empty(kind, config)
+
+
+def empty(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """The same module whose parameters alone are on the ``meta`` device: what it computes itself, such as positions, has its values."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with LOADING, init_empty_weights(include_buffers=False):
         return module_of(kind, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tgate_trt.export.cut import cut, spec_of
 from tgate_trt.export.trace import trace
 from tgate_trt.export.verify import random_inputs, relative_error
 from tgate_trt.models.signature import dimensions, maximum_rows, signature
-from tgate_trt.specs import CACHE_PREFIX, Bounds, GraphSpec
+from tgate_trt.specs import CACHE_PREFIX, Bounds, GraphSpec, TensorSpec
 from tgate_trt.taps import CROSS_ATTENTION, kind_of, recipe
 
 CPU = torch.device("cpu")
@@ -177,16 +178,31 @@ def loud(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("graph", ["planning", "fidelity"])
-@pytest.mark.parametrize("name", [*TINY, "unet with controls", "unet of a range"])
-def test_a_graph_equals_the_eager_model(name: str, graph: str, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Traced:
+    """A small model, and its trace."""
+
+    config: dict[str, Any]
+    inputs: tuple[TensorSpec, ...]
+    named: dict[str, Bounds]
+    trace: ir.Model
+
+
+@pytest.fixture(scope="module", params=[*TINY, "unet with controls", "unet of a range"])
+def traced(request: pytest.FixtureRequest) -> Traced:
+    name: str = request.param
     config = TINY[name.partition(" with")[0].partition(" of")[0]]
     asked = (RANGED if "range" in name else WHOLE) | ({"controls": CONTROLS} if "controls" in name else {})
     inputs = signature(config, dtype="float32", **asked)
     named = dimensions(config, **{key: value for key, value in asked.items() if key != "controls"})
-    model = made(config)
+    return Traced(config, inputs, named, trace(on_meta(config["_class_name"], config), inputs, named, maximum_rows(config)))
+
+
+@pytest.mark.parametrize("graph", ["planning", "fidelity"])
+def test_a_graph_equals_the_eager_model(traced: Traced, graph: str, tmp_path: Path) -> None:
+    config, inputs, named, model = traced.config, traced.inputs, traced.named, made(traced.config)
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / weights.WEIGHTS_FILE)
-    model_cut = cut(trace(on_meta(config["_class_name"], config), inputs, named, maximum_rows(config)), recipe(graph))
+    model_cut = cut(traced.trace, recipe(graph))
     weights.attach(model_cut, tmp_path, [tmp_path / weights.WEIGHTS_FILE])
     ir.save(model_cut, tmp_path / "graph.onnx")
     spec = spec_of(model_cut, graph, Bounds(1, 2, 8), named)
@@ -246,10 +262,9 @@ def test_a_transformer_is_built_for_one_size() -> None:
         signature(TINY["pixart-alpha"], dtype="float32", **RANGED)
 
 
-def test_caches_of_a_range_follow_its_sides() -> None:
-    config, named = TINY["unet"], dimensions(TINY["unet"], **RANGED)
-    traced = trace(on_meta(config["_class_name"], config), signature(config, dtype="float32", **RANGED), named)
-    spec = spec_of(cut(traced, recipe("fidelity")), "fidelity", Bounds(1, 1, 1), named)
+@pytest.mark.parametrize("traced", ["unet of a range"], indirect=True)
+def test_caches_of_a_range_follow_its_sides(traced: Traced) -> None:
+    spec = spec_of(cut(traced.trace, recipe("fidelity")), "fidelity", Bounds(1, 1, 1), traced.named)
     shapes = {tensor.name.removeprefix(CACHE_PREFIX): tensor.shape for tensor in spec.cache_inputs}
     assert shapes["cross_attention.down_blocks.0.attentions.0.transformer_blocks.0"] == ("batch", "16*height*width", 16)
     assert spec.dimensions == {"batch": Bounds(1, 1, 1), "height": Bounds(2, 2, 4), "width": Bounds(2, 3, 4)}

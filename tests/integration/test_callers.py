@@ -170,6 +170,28 @@ def test_a_second_thread_is_refused_and_the_first_draws_on_or_is_refused(shared:
     assert torch.equal(draw(first), draw(load()))
 
 
+def test_several_threads_load_at_once(load: Callable[[], Any]) -> None:
+    """Diffusers and accelerate patch `torch.nn.Module` while they load, for all threads; each puts back what it found."""
+    patched = ("register_parameter", "register_buffer", "load_state_dict")
+    before = [getattr(torch.nn.Module, name) for name in patched]
+    expected, drawn, barrier = draw(load()), dict[int, Tensor](), threading.Barrier(4)
+
+    def run(index: int) -> None:
+        barrier.wait()
+        pipeline = load()
+        assert not any(parameter.is_meta for parameter in pipeline.vae.encoder.parameters())  # loaded at this access
+        drawn[index] = draw(pipeline)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [getattr(torch.nn.Module, name) for name in patched] == before
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+    assert len(drawn) == 4 and all(torch.equal(latents, expected) for latents in drawn.values())
+
+
 def test_a_call_from_no_pipeline_with_foreign_timesteps_is_refused(load: Callable[[], Any]) -> None:
     pipeline = load()
     draw(pipeline)

@@ -49,10 +49,11 @@ def test_it_equals_pytorch(machine: Machine, data: st.DataObject) -> None:
     HandOff(outputs, caches, kernel=machine.ready(hand_off_kernel)).run()
 
     for name, cache in caches.items():
-        expected = outputs[name].double()
+        given = expected = outputs[name].double()
         if guided:
-            expected = expected.view(2, *cache.shape).mean(0)
-        tolerance = max(2 * torch.finfo(dtype).eps, 4e-6) * float(expected.abs().max()) if guided else 0.0
+            expected = given.view(2, *cache.shape).mean(0)
+        # Of what goes in: halves that cancel each other leave a mean that is far smaller than the rounding of either.
+        tolerance = max(2 * torch.finfo(dtype).eps, 4e-6) * float(given.abs().max()) if guided else 0.0
         assert float((cache.double() - expected).abs().max()) <= tolerance
         storage = torch.empty(0, dtype=dtype, device=machine.device).set_(cache.untyped_storage())
         assert storage[: GUARD + offset].isnan().all()

@@ -17,7 +17,8 @@ from tgate_trt.building.engine_verification import verify_engines
 from tgate_trt.building.engines import EngineRequest, build_engines, request_of, stale_engine_reasons
 from tgate_trt.building.graphs import signature_of, write_component_graph, write_graph, write_trace
 from tgate_trt.building.request import BuildOptions, Request
-from tgate_trt.building.staleness import missing_parts, stale_reasons, toolchain
+from tgate_trt.building.staleness import missing_parts, stale_reasons
+from tgate_trt.building.toolchain import toolchain
 from tgate_trt.building.verification import Task, verify_in_child
 from tgate_trt.bundle.bundle import Bundle, copy_into, describe_files, write_manifest
 from tgate_trt.bundle.components import components_of
@@ -70,12 +71,12 @@ def build(model: str | os.PathLike[str] | Any, output: str | os.PathLike[str] | 
     request = Request.resolved(source, options)
     target = (Path(output) if output is not None else default_output(source, request)).absolute()
     with locked(target):
-        return _build(source, request, target, force=options.get("force", False))
+        return _build(source, request, target)
 
 
-def _build(source: ModelSource, request: Request, target: Path, *, force: bool) -> Bundle:
+def _build(source: ModelSource, request: Request, target: Path) -> Bundle:
     """Build a bundle, add to it, or return it as it is."""
-    existing = None if force else _open_existing(target)
+    existing = None if request.force else _open_existing(target)
     fingerprint = source.fingerprint(existing.manifest.model.fingerprint if existing else None)
     if existing:
         reasons = stale_reasons(existing.manifest, fingerprint["content"], request)
@@ -139,7 +140,7 @@ def _begin(folder: Path, source: ModelSource, request: Request, fingerprint: Fin
     file, tensors = folder / weights.WEIGHTS_FILE, source.tensors(torch_dtype(built_for.precision))
     _timed("weights", lambda: weights.write(file, source.tensor_shapes(), tensors, built_for.precision))
     _timed("text encoders and VAE", lambda: save_rest(source, folder / PIPELINE, built_for.precision))
-    _timed("trace", lambda: write_trace(source, folder, built_for))
+    _timed("trace", lambda: write_trace(source, folder, built_for, anew=request.force))
     return Manifest(
         model=BuiltFrom(
             source.name,
@@ -210,7 +211,7 @@ def _component_graphs(folder: Path, request: Request, manifest: Manifest) -> dic
     for graph, component in components_of(folder / PIPELINE).items():
         if graph not in manifest.graphs:
             spec = component.spec(manifest.built_for, manifest.model.text_tokens, manifest.signature)
-            _timed(f"{graph} graph", partial(write_component_graph, component, folder, spec))
+            _timed(f"{graph} graph", partial(write_component_graph, component, folder, spec, anew=request.force))
             written[graph] = spec
     return written
 

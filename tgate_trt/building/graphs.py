@@ -10,6 +10,8 @@ import onnx_ir as ir
 from torch import nn
 
 from tgate_trt import children
+from tgate_trt.building import traces
+from tgate_trt.building.traces import Traced
 from tgate_trt.bundle.components import Component
 from tgate_trt.bundle.manifest import TRACE, BuiltFor, graph_file
 from tgate_trt.eager import torch_dtype
@@ -36,16 +38,25 @@ class Task:
     built_for: BuiltFor
 
 
-def write_trace(source: ModelSource, folder: Path, built_for: BuiltFor) -> None:
+def write_trace(source: ModelSource, folder: Path, built_for: BuiltFor, *, anew: bool = False) -> None:
     """Write ``trace.onnx``, its parameters in the weights file beside it.
 
     PyTorch's exporter keeps a third of a gigabyte after SDXL, which would stay for the rest of a build, so large models are
     traced in a process of their own. That costs seconds, so small ones are traced in this one.
 
+    Args:
+        source: of the model.
+        folder: of the bundle.
+        built_for: what the bundle is for.
+        anew: whether to trace a model whose trace the cache holds.
+
     Raises:
         BuildError: if PyTorch cannot trace or translate the model.
     """
-    if source.is_large:
+    kept = None if anew else traces.find(_traced_from(source, built_for))
+    if kept is not None:
+        _save(kept, folder, TRACE)
+    elif source.is_large:
         children.run(trace_again, Task(source.reference, folder, built_for), "tracing the model", "if memory ran out, free some")
     else:
         _trace(source, folder, built_for)
@@ -57,10 +68,17 @@ def trace_again(task: Task) -> None:
 
 
 def _trace(source: ModelSource, folder: Path, built_for: BuiltFor) -> None:
-    denoiser = nn.Module.to(source.denoiser_on_meta(), torch_dtype(built_for.precision))
-    spec = signature_of(source, built_for)
-    others = {name: LONGEST_TEXT if name == TOKENS else bounds for name, bounds in spec.dimensions.items() if name != ROWS}
-    _save(trace(denoiser, spec.inputs, others, spec.dimensions[ROWS].maximum), folder, TRACE)
+    made_from = _traced_from(source, built_for)
+    denoiser, spec = nn.Module.to(source.denoiser_on_meta(), torch_dtype(built_for.precision)), made_from.spec
+    others = {name: bounds for name, bounds in spec.dimensions.items() if name != ROWS}
+    _save(traces.keep(made_from, trace(denoiser, spec.inputs, others, spec.dimensions[ROWS].maximum)), folder, TRACE)
+
+
+def _traced_from(source: ModelSource, built_for: BuiltFor) -> Traced:
+    """What decides the trace of a denoiser, which is to hold for prompts of every length."""
+    config, spec = source.denoiser_config(), signature_of(source, built_for)
+    dimensions = {name: LONGEST_TEXT if name == TOKENS else bounds for name, bounds in spec.dimensions.items()}
+    return Traced(config["_class_name"], config, built_for.precision, dataclasses.replace(spec, dimensions=dimensions))
 
 
 def signature_of(source: ModelSource, built_for: BuiltFor) -> GraphSpec:
@@ -100,10 +118,15 @@ def _save(model: ir.Model, folder: Path, name: str) -> None:
     ir.save(model, folder / name)
 
 
-def write_component_graph(component: Component, folder: Path, spec: GraphSpec) -> None:
-    """Trace a component without its weights, and save its graph in the bundle's folder."""
-    architecture = component.on_meta(torch_dtype(spec.outputs[0].dtype))
-    others = {name: bounds for name, bounds in spec.dimensions.items() if name != ROWS}
-    model = trace_component(component.wrap(architecture), spec.inputs, spec.dimensions[ROWS].maximum, others)
+def write_component_graph(component: Component, folder: Path, spec: GraphSpec, *, anew: bool = False) -> None:
+    """Trace a component without its weights, unless the cache holds its trace, and save its graph in the bundle's folder."""
+    precision = spec.outputs[0].dtype
+    made_from = Traced(component.kind, component.config, precision, spec)
+    model = None if anew else traces.find(made_from)
+    if model is None:
+        architecture = component.on_meta(torch_dtype(precision))
+        others = {name: bounds for name, bounds in spec.dimensions.items() if name != ROWS}
+        model = trace_component(component.wrap(architecture), spec.inputs, spec.dimensions[ROWS].maximum, others)
+        model = traces.keep(made_from, model)
     weights.attach(model, folder, component.weight_files(folder), names_in_files, "build with --no-components")
     ir.save(model, folder / graph_file(component.graph))

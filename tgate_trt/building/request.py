@@ -74,7 +74,7 @@ class BuildOptions(TypedDict, total=False):
     verify: bool
     """Whether to compare each graph with eager PyTorch; by default it is compared."""
     force: bool
-    """Whether to build even if nothing changed."""
+    """Whether to build even if nothing changed, and to trace even if the cache holds the trace."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Request:
     verify: bool = True
     components: bool = True
     discard_graphs: bool = False
+    force: bool = False
 
     @classmethod
     def resolved(cls, source: ModelSource, options: BuildOptions) -> Request:
@@ -125,6 +126,7 @@ class Request:
             options.get("verify", True),
             options.get("components", True),
             options.get("discard_graphs", False),
+            options.get("force", False),
         )
         needs_them = engines.weights != "baked" or engines.plan_options.stripped
         if request.discard_graphs and (set(UNCOMPILED) & set(engines.backends) or needs_them):

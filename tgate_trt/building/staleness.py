@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
 
 from tgate_trt.building.engines import stale_engine_reasons
 from tgate_trt.building.request import Request
+from tgate_trt.building.toolchain import toolchain
 from tgate_trt.bundle.backends import why_not
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import TRACE, Manifest
 from tgate_trt.errors import InputError
 from tgate_trt.models.resolve import resolve_again
-
-_TOOLCHAIN = ("tgate-trt", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-"""Packages whose versions decide the graphs of a build."""
-
-
-def toolchain() -> dict[str, str]:
-    """Versions of the packages that make the graphs."""
-    return {package: metadata.version(package) for package in _TOOLCHAIN}
 
 
 def stale_reasons(manifest: Manifest, content: str | None, request: Request | None = None) -> list[str]:

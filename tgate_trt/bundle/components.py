@@ -12,7 +12,7 @@ from torch import nn
 
 from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.manifest import PIPELINE, BuiltFor
-from tgate_trt.eager import on_meta
+from tgate_trt.eager import LOADING, on_meta
 from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED, TextEncoder, VaeDecoder
 from tgate_trt.export.weights import WEIGHTS_FILE
 from tgate_trt.files import read_json
@@ -89,7 +89,9 @@ class Component:
         import transformers
 
         loader = getattr(diffusers if self.graph == VAE_DECODER else transformers, self.kind)
-        model: nn.Module = loader.from_pretrained(pipeline / self.name, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
+        with LOADING:
+            model: nn.Module = loader.from_pretrained(pipeline / self.name, **options)
         return model.eval().requires_grad_(False)
 
 

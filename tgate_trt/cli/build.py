@@ -106,7 +106,7 @@ def build(
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Fill a named architecture with seeded random weights.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare each graph, and each engine that runs here, with eager PyTorch.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed; trace anew.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show logs, and tracebacks of errors.")] = False,
 ) -> None:
     """Trace a diffusion model once, cut it at the gate, and verify every graph and engine against eager PyTorch.

@@ -314,15 +314,12 @@ class ModelSource:
 
     def load_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The denoiser in eager PyTorch on the CPU, in eval mode, without gradients: the reference for every graph."""
-        from accelerate import init_empty_weights
         from torch import nn
 
-        from tgate_trt.eager import module_of
+        from tgate_trt.eager import empty
 
         config = self.denoiser_config()
-        # Computed buffers, such as PixArt's positions, are in no file: only parameters start out empty.
-        with init_empty_weights(include_buffers=False):
-            denoiser = module_of(config["_class_name"], config)
+        denoiser = empty(config["_class_name"], config)
         denoiser.load_state_dict(dict(self.tensors(dtype)), assign=True)
         # `from_pretrained` casts computed buffers so; the models' own `to` would warn of layers that are not there.
         return nn.Module.to(denoiser, dtype).requires_grad_(False)

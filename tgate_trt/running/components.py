@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgate_trt.bundle.components import TEXT_ENCODERS, VAE_DECODER, Component, components_of
-from tgate_trt.eager import is_architecture, torch_dtype
+from tgate_trt.eager import LOADING, is_architecture, torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, UnsupportedError
 from tgate_trt.export.components import LAST, PENULTIMATE, PIXELS, POOLED
@@ -21,11 +20,6 @@ from tgate_trt.specs import ROWS, sizes_in
 
 if TYPE_CHECKING:
     from tgate_trt.bundle.bundle import Bundle
-
-
-LOADING = threading.RLock()
-"""Held while a module is made without weights or loaded: diffusers and accelerate patch `torch.nn.Module` meanwhile, for all threads, and
-two that do so at once leave it patched."""
 
 
 class Compiled(StandIn):

@@ -20,7 +20,7 @@ from tgate_trt.bundle.bundle import Bundle
 from tgate_trt.bundle.components import TEXT_ENCODERS
 from tgate_trt.bundle.loras import BundleLoras, refit_bundle
 from tgate_trt.bundle.manifest import Manifest
-from tgate_trt.eager import is_architecture, torch_dtype
+from tgate_trt.eager import LOADING, is_architecture, torch_dtype
 from tgate_trt.engines.base import Engine
 from tgate_trt.errors import GateError, InputError, StaleBundleError
 from tgate_trt.export.weights import WEIGHTS_FILE
@@ -234,7 +234,9 @@ def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool, modul
     dtype = torch_dtype(precision)
     given = {**modules, **{name: part.architecture for name, part in parts.items()}}
     given |= {bundle.manifest.model.attribute: bundle.denoiser_on_meta(dtype)}
-    pipeline = DiffusionPipeline.from_pretrained(bundle.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    with LOADING:
+        pipeline = DiffusionPipeline.from_pretrained(bundle.pipeline, **given, **options)
     for name, part in parts.items():
         setattr(pipeline, name, part)
     return pipeline

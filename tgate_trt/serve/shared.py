@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from tgate_trt.eager import LOADING
 from tgate_trt.engines.base import Engine
 from tgate_trt.engines.batching import Batcher, BatchingEngine
-from tgate_trt.running.components import LOADING
 from tgate_trt.running.loading import EngineLoader
 
 
