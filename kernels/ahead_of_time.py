@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from tgate_trt.errors import BuildError, UnsupportedError
-from tgate_trt.files import replace_file
+from tgate_trt.files import cache_folder, replace_file
 from tgate_trt.kernels import cached_residual_layer_norm as norm
 from tgate_trt.kernels import hand_off
 from tgate_trt.kernels.language import DTYPES, HAS_TRITON, power_of_two, triton_dtype
@@ -102,7 +101,7 @@ def compile_kernel(specialisation: Specialisation, capability: int, folder: Path
     """
     if not HAS_TRITON:
         raise UnsupportedError("compiling the kernels needs Triton; install it with `pip install triton` (Linux)")
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tgate-trt" / "kernels"
+    folder = folder or cache_folder("kernels")
     path = folder / f"{_key(specialisation, capability)}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))

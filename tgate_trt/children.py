@@ -123,8 +123,8 @@ def _die_with_the_parent(parent: int) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above, which then has no effect
-        os._exit(1)
+        if os.getppid() != parent:  # it died before the call above, which then has no effect
+            os._exit(1)
 
 
 def _answer(parent: str, module: str, name: str) -> None:

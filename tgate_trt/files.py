@@ -250,6 +250,11 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of this package in the user's cache, which need not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tgate-trt" / name
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which replaces ``path`` when the block ends without an exception: readers see the old file or the new one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from .hand_gated import HandGated, close
 
 STEPS, GATE = 6, 3
 CALL: dict[str, Any] = {"prompt": "a red circle", "negative_prompt": "blue", "num_inference_steps": STEPS, "output_type": "latent"}
+SIZE: dict[str, Any] = {"height": 64, "width": 64}
+"""Of the small SDXL, whose pipelines have another default."""
 GRAPHS = ("vanilla", "planning", "fidelity")
 
 
@@ -113,7 +114,7 @@ def test_controlnet_in_some_steps_alone(tiny_sd: Path, controlled: Bundle) -> No
 
 
 def test_controlnet_of_sdxl(tiny_sdxl: Path, controlled_sdxl: Bundle) -> None:
-    compared(controlnet(tiny_sdxl, 1, sdxl=True), tiny_sdxl, controlled_sdxl, image=picture(0), height=64, width=64)
+    compared(controlnet(tiny_sdxl, 1, sdxl=True), tiny_sdxl, controlled_sdxl, image=picture(0), **SIZE)
 
 
 def test_a_bundle_for_controls_draws_without_them(tiny_sd: Path, controlled: Bundle) -> None:
@@ -285,7 +286,7 @@ def test_steps_of_ones_own(request: pytest.FixtureRequest, model: str) -> None:
     from diffusers import EulerDiscreteScheduler
 
     folder, bundle = request.getfixturevalue(f"tiny_{model}"), request.getfixturevalue(f"{model}_bundle")
-    more: dict[str, Any] = {"height": 64, "width": 64} if model == "sdxl" else {}
+    more = SIZE if model == "sdxl" else {}
 
     def make(pipeline: Any) -> Any:
         pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
@@ -296,10 +297,7 @@ def test_steps_of_ones_own(request: pytest.FixtureRequest, model: str) -> None:
 
 def test_noise_levels_of_ones_own(tiny_sdxl: Path, sdxl_bundle: Bundle) -> None:
     sigmas = [12.0, 6.0, 3.0, 1.5, 0.7, 0.2]
-    compared(lambda pipeline: pipeline, tiny_sdxl, sdxl_bundle, sigmas=sigmas, num_inference_steps=None, height=64, width=64)
-
-
-SIZE: dict[str, Any] = {"height": 64, "width": 64}
+    compared(lambda pipeline: pipeline, tiny_sdxl, sdxl_bundle, sigmas=sigmas, num_inference_steps=None, **SIZE)
 
 
 @pytest.mark.parametrize("parts", ["base", "refiner"])
@@ -311,7 +309,10 @@ def test_a_run_that_two_pipelines_share(tiny_sdxl: Path, sdxl_bundle: Bundle, pa
     if parts == "base":
         compared(lambda pipeline: pipeline, tiny_sdxl, sdxl_bundle, 2, denoising_end=0.7, num_inference_steps=8, **SIZE)
     else:
-        make = functools.partial(made_of, StableDiffusionXLImg2ImgPipeline)
+
+        def make(pipeline: Any) -> Any:
+            return StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+
         compared(make, tiny_sdxl, sdxl_bundle, 2, denoising_start=0.5, num_inference_steps=8, image=latents)
 
 
@@ -320,11 +321,6 @@ def test_a_fraction_is_of_the_steps_that_a_pipeline_draws(tiny_sdxl: Path, sdxl_
     pipeline(**CALL | SIZE | {"num_inference_steps": 10}, denoising_end=0.6)
     schedule = pipeline.unet.latest_run.schedule
     assert (schedule.steps, schedule.gate_step) == (6, 3)
-
-
-def made_of(kind: Any, pipeline: Any) -> Any:
-    """A further pipeline of the same components."""
-    return kind(**pipeline.components)
 
 
 def test_a_model_without_guidance_as_turbo(tiny_sdxl: Path, sdxl_bundle: Bundle) -> None:

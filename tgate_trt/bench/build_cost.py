@@ -109,6 +109,7 @@ def _build(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run ``tgate-build``, and read its stages from its log while its memory is measured."""
     lines: list[str] = []
     peaks: dict[str, int] = {}
+    # With --force, for a trace of the user's cache would hide what one costs.
     command = (sys.executable, "-P", "-c", "from tgate_trt.cli.build import main; main()", *arguments, "--output", str(folder), "--force")
     start, worked = time.perf_counter(), _cpu_of_children()
     with (

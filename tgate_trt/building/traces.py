@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import onnx_ir as ir
 import tgate_trt
 from tgate_trt import export
 from tgate_trt.building.toolchain import toolchain
-from tgate_trt.files import replacing
+from tgate_trt.files import cache_folder, replacing
 from tgate_trt.specs import GraphSpec
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def _from_bytes(data: bytes) -> ir.Model:
 
 
 def _place(traced: Traced) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tgate-trt" / "traces" / f"{traced.key}.trace"
+    return cache_folder("traces") / f"{traced.key}.trace"
 
 
 def _source() -> str:

@@ -89,9 +89,8 @@ class Component:
         import transformers
 
         loader = getattr(diffusers if self.graph == VAE_DECODER else transformers, self.kind)
-        options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
         with LOADING:
-            model: nn.Module = loader.from_pretrained(pipeline / self.name, **options)
+            model: nn.Module = loader.from_pretrained(pipeline / self.name, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
         return model.eval().requires_grad_(False)
 
 

@@ -234,9 +234,10 @@ def pipeline_of(bundle: Bundle, loader: EngineLoader, *, components: bool, modul
     dtype = torch_dtype(precision)
     given = {**modules, **{name: part.architecture for name, part in parts.items()}}
     given |= {bundle.manifest.model.attribute: bundle.denoiser_on_meta(dtype)}
-    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
     with LOADING:
-        pipeline = DiffusionPipeline.from_pretrained(bundle.pipeline, **given, **options)
+        pipeline = DiffusionPipeline.from_pretrained(
+            bundle.pipeline, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     for name, part in parts.items():
         setattr(pipeline, name, part)
     return pipeline

@@ -27,12 +27,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tgate-trt" / "traces"
 
 
-def model(scale: float = 2.0) -> ir.Model:
+def model() -> ir.Model:
     """A graph with a parameter without data, and with data of its own."""
     x = ir.Value(name="x", shape=ir.Shape(["batch", 4]), type=ir.TensorType(ir.DataType.FLOAT))
     weight = ir.Value(name="weight", shape=ir.Shape([4]), type=ir.TensorType(ir.DataType.FLOAT))
     weight.const_value = ir.ExternalTensor("", 0, 0, ir.DataType.FLOAT, shape=ir.Shape([4]), name="weight")
-    own = ir.Value(name="own", const_value=ir.tensor([scale], name="own"))
+    own = ir.Value(name="own", const_value=ir.tensor([2.0], name="own"))
     scaled, y = ir.node("Mul", [x, own]), ir.Value(name="y")
     graph = ir.Graph([x], [y], nodes=[scaled, ir.Node("", "Mul", [scaled.outputs[0], weight], outputs=[y])], opset_imports={"": 20})
     for value in (weight, own):
